@@ -1,0 +1,52 @@
+"""What all our commands share: how they end when something is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+
+def parser(prog: str, description: str, example: str) -> argparse.ArgumentParser:
+    """An ArgumentParser whose help ends with a worked example, with --verbose on board."""
+    result = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument("--verbose", action="store_true", help="show native logs, and the traceback of an error")
+    return result
+
+
+def run(
+    build_parser: Callable[[], argparse.ArgumentParser],
+    command: Callable[[argparse.Namespace], object],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parse, run, and turn exceptions into one line on stderr.
+
+    Returns 0, 2 for wrong input, 130 after Ctrl-C, 1 for anything we did not foresee.
+    """
+    args = build_parser().parse_args(argv)
+    prog = build_parser().prog
+    try:
+        command(args)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader went away; a second flush at exit must not complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if args.verbose:
+            raise
+        expected = isinstance(error, (ValueError, OSError, ImportError))
+        text = " ".join(str(error).split()) or type(error).__name__
+        hint = "" if expected else " (unexpected; --verbose shows where)"
+        print(f"{prog}: error: {text}{hint}", file=sys.stderr)
+        return 2 if expected else 1
