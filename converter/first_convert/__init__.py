@@ -1,0 +1,1 @@
+"""first-convert: Hugging Face checkpoints, LoRA and FiRST routers into one GGUF file."""

@@ -1,0 +1,149 @@
+"""llama.cpp's own converter and gguf-py, as installed beside our library.
+
+Run as a script (``python upstream.py PLAN.json``) it is the conversion process: upstream's
+convert_hf_to_gguf.py with three small additions that keep upstream's files unmodified: config keys
+that transformers 5 stopped writing, pre-tokenizers known by their rules, and weights merged on the fly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+# (what the pre-tokenizer does, in tokenizers' JSON) -> llama.cpp's name for it
+_GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+_RAW = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _split(regex: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+
+
+PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
+    "gpt-2": [_GPT2],
+    "smollm": [{"type": "Digits", "individual_digits": True}, _GPT2],
+    "llama-bpe": [_split(_LLAMA3), _RAW],
+    "qwen2": [_split(_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")), _RAW],
+}
+
+
+_ours: dict[str, ModuleType] = {}
+
+
+@contextlib.contextmanager
+def upstream() -> Iterator[None]:
+    """Inside, imports come from upstream's tree, whatever ``gguf`` the environment holds."""
+
+    def owned() -> list[str]:
+        return [n for n in sys.modules if n.partition(".")[0] in ("gguf", "conversion", "convert_hf_to_gguf")]
+
+    foreign = {name: sys.modules.pop(name) for name in owned()}
+    root, path = upstream_dir(), list(sys.path)
+    sys.modules.update(_ours)
+    sys.path[:0] = [str(root / "gguf-py"), str(root)]
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        _ours.update({name: sys.modules.pop(name) for name in owned()})
+        sys.modules.update(foreign)
+
+
+def upstream_dir() -> Path:
+    """Folder with convert_hf_to_gguf.py, conversion/ and gguf-py/. Raises ImportError."""
+    root = os.environ.get("PYFIRST_UPSTREAM")
+    if root is None:
+        from pyfirst.native import upstream_dir as native_upstream_dir
+
+        root = str(native_upstream_dir())
+    if not (Path(root) / "convert_hf_to_gguf.py").is_file():
+        raise ImportError(f"{root}: no convert_hf_to_gguf.py; install pyfirst again with pip")
+    return Path(root)
+
+
+def gguf() -> Any:
+    """Upstream's gguf-py package, also where another version of ``gguf`` is imported already."""
+    if "gguf.quants" not in _ours:
+        with upstream():
+            import gguf.quants  # noqa: F401
+    return _ours["gguf"]
+
+
+def recognise(tokenizer: Any) -> str | None:
+    """llama.cpp's name for the pre-tokenizer of a transformers tokenizer, by its rules alone, or None."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else {}
+    # llama.cpp leaves out Unicode's NFC for every byte-level model, qwen2 among them.
+    if rules.get("normalizer") not in (None, {"type": "NFC"}):
+        return None
+    if (rules.get("model") or {}).get("type") != "BPE":
+        return None
+    steps = rules.get("pre_tokenizer") or {}
+    steps = steps.get("pretokenizers", []) if steps.get("type") == "Sequence" else [steps]
+    steps = [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]
+    return next((name for name, known in PRE_TOKENIZERS.items() if steps == known), None)
+
+
+def complete_hparams(config: dict[str, Any]) -> dict[str, Any]:
+    """Add the config keys that upstream reads and transformers 5 no longer writes."""
+    rope = config.get("rope_parameters") or {}
+    if "n_positions" in config:
+        config.setdefault("n_ctx", config["n_positions"])
+    if "partial_rotary_factor" in rope:
+        config.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
+        config.setdefault("rotary_pct", rope["partial_rotary_factor"])
+    if config.get("model_type") == "phi3" and rope and config.get("original_max_position_embeddings"):
+        rope.setdefault("original_max_position_embeddings", config["original_max_position_embeddings"])
+    return config
+
+
+def extend(base: Any, pre_tokenizer: str | None = None) -> None:
+    """Teach upstream's ``conversion.base`` module what it lacks (see the module's docstring)."""
+    load_hparams, by_hash = base.ModelBase.load_hparams, base.TextModel.get_vocab_base_pre
+
+    def load(dir_model: Path, is_mistral_format: bool) -> dict[str, Any]:
+        return complete_hparams(load_hparams(dir_model, is_mistral_format))
+
+    def get_vocab_base_pre(self: Any, tokenizer: Any) -> str:
+        if pre_tokenizer is not None:
+            return pre_tokenizer
+        logging.getLogger("hf-to-gguf").setLevel(logging.ERROR)  # its banner of advice is for its developers
+        try:
+            return by_hash(self, tokenizer)
+        except NotImplementedError:
+            name = recognise(tokenizer)
+            if name is None:
+                raise
+            return name
+        finally:
+            logging.getLogger("hf-to-gguf").setLevel(logging.NOTSET)
+
+    base.ModelBase.load_hparams = staticmethod(load)
+    base.TextModel.get_vocab_base_pre = get_vocab_base_pre
+
+
+def convert_hf_to_gguf(argv: list[str]) -> None:
+    """Run upstream's converter with our additions in this process, with upstream's own arguments."""
+    with upstream():
+        fresh = "convert_hf_to_gguf" not in sys.modules
+        import conversion.base
+        import convert_hf_to_gguf as module
+
+        if fresh:
+            extend(conversion.base)
+        saved, sys.argv = sys.argv, ["convert_hf_to_gguf.py", *argv]
+        try:
+            module.main()
+        finally:
+            sys.argv = saved
