@@ -131,7 +131,7 @@ def randomise(model: nn.Module, seed: int) -> None:
                 parameter.mul_(0.01)
             elif model.config.model_type.startswith("gemma") and name == "model.norm.weight":
                 parameter.add_(1).mul_(0.05).sub_(1)
-            elif model.config.model_type == "gpt_neox" and "embed_out" in name:
+            elif model.config.model_type == "gpt_neox" and name in ("embed_out.weight", "lm_head.weight"):
                 parameter.mul_(0.1)
 
 
@@ -267,8 +267,8 @@ def gold(
     """Logits, float32 [len(prompt_ids) + len(next_ids), vocab], of a forward that leaves out layers.
 
     ``mask[l]`` true keeps layer l. With prefill "skip" the other layers are absent altogether; with
-    "full" they run for the prompt, and later tokens neither run them nor leave keys in them. There is no cache: all
-    is recomputed at once.
+    "full" they run for the prompt, and later tokens neither run them nor leave keys in them.
+    There is no cache: all is recomputed at once.
     """
     n_full = len(prompt_ids) if prefill == "full" else 0
     return _forward(load(model), mask, [*prompt_ids, *next_ids], n_full)[0]
@@ -277,7 +277,7 @@ def gold(
 def decide(
     model: str | Path | nn.Module, recipe_dir: str | Path, prompt_ids: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(mask bool [n_layer], mean score float32 [n_layer]) of the routers for a prompt: keep = mean sigmoid >= t."""
+    """(mask bool [n_layer], mean score float32 [n_layer]) of the routers for a prompt."""
     from pyfirst.recipe import load_recipe
 
     net, recipe = load(model), load_recipe(recipe_dir)
@@ -315,8 +315,8 @@ def recipe(
 ) -> Path:
     """Write a recipe directory for the model; return it.
 
-    ``mask`` forces the decision (zero weights, bias +-10). Otherwise ``weight`` [n_layer, width] and ``bias``
-    [n_layer] are taken, random from ``seed`` where absent, so that the prompt decides. ``config``: FirstConfig.
+    ``mask`` forces the decision (zero weights, bias +-10). Otherwise the prompt decides by ``weight``
+    [n_layer, width] and ``bias`` [n_layer], random from ``seed`` where absent. ``config``: FirstConfig.
     """
     from pyfirst.recipe import FirstConfig, save_recipe
 
