@@ -1,0 +1,199 @@
+"""A Hugging Face checkpoint folder, looked at without loading it: config, shards, tensor names and shapes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyfirst.errors import InputError
+from pyfirst.recipe import ADAPTER_CONFIG_NAME, CONFIG_NAME
+
+BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
+# Heads and embeddings by the names that transformers' models use.
+HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
+EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
+
+
+@dataclass
+class Tensor:
+    """One tensor of a safetensors file: dtype as the file names it, shape, and where its bytes are."""
+
+    dtype: str
+    shape: list[int]
+    path: Path
+    start: int
+    size: int
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def read(self) -> bytes:
+        """The raw bytes."""
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            return file.read(self.size)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a UTF-8 file. Raises InputError naming the file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data
+
+
+def safetensors_header(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file by name, its length checked. Raises InputError naming the file."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, 100 << 20):
+                raise InputError(f"{path}: cut short or not a safetensors file ({size} bytes)")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        tensors = {}
+        for name, entry in header.items():
+            first, last = entry["data_offsets"]
+            tensors[name] = Tensor(entry["dtype"], entry["shape"], path, 8 + length + first, last - first)
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found, the checkpoint is not complete; download it again") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from None
+    expected = max((t.start + t.size for t in tensors.values()), default=8 + length)
+    if size != expected:
+        raise InputError(f"{path}: {size} bytes, expected {expected}; the download is not complete")
+    return tensors
+
+
+class Checkpoint:
+    """A local model folder.
+
+    Attributes:
+        path: the folder.
+        config: config.json as it is.
+        tensors: name -> Tensor of all safetensors shards; empty for a PyTorch .bin checkpoint.
+    """
+
+    def __init__(self, path: str | Path):
+        """Check that the folder is a whole, unquantised model. Raises InputError naming the file at fault."""
+        self.path = path = Path(path)
+        if path.is_file():
+            option = "--base-gguf" if path.suffix == ".gguf" else "its folder"
+            raise InputError(f"{path}: a file, expected a model folder; give {option} instead")
+        if not path.is_dir():
+            raise InputError(f"{path}: no such folder")
+        if not (path / "config.json").is_file():
+            if (path / CONFIG_NAME).is_file():
+                raise InputError(
+                    f"{path}: a recipe, not a model; give it with --first, and its base as MODEL_DIR"
+                )
+            if (path / ADAPTER_CONFIG_NAME).is_file():
+                raise InputError(
+                    f"{path}: a LoRA adapter, not a model; give it with --lora, and its base as MODEL_DIR"
+                )
+            raise InputError(f"{path}: no config.json, so not a Hugging Face model folder")
+        self.config = read_json(path / "config.json")
+        self.text_config = {**self.config, **(self.config.get("text_config") or {})}
+        self.tensors = self._index()
+
+    def _index(self) -> dict[str, Tensor]:
+        index_path = self.path / "model.safetensors.index.json"
+        if index_path.is_file():
+            weight_map = read_json(index_path).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise InputError(f"{index_path}: no 'weight_map'; download the checkpoint again")
+            shards = {name: safetensors_header(self.path / name) for name in sorted(set(weight_map.values()))}
+            for tensor, shard in weight_map.items():
+                if tensor not in shards[shard]:
+                    raise InputError(f"{self.path / shard}: lacks '{tensor}', which {index_path.name} lists")
+            return {name: tensor for shard in shards.values() for name, tensor in shard.items()}
+        files = sorted(p for p in self.path.glob("model*.safetensors"))
+        for file in files:
+            part = re.fullmatch(r"model-\d+-of-(\d+)\.safetensors", file.name)
+            if part and int(part[1]) != len(files):
+                raise InputError(f"{self.path}: {len(files)} of {int(part[1])} shards found, download again")
+        if files:
+            return {name: tensor for file in files for name, tensor in safetensors_header(file).items()}
+        binaries = sorted(self.path.glob("pytorch_model*.bin"))
+        for file in binaries:
+            if not zipfile.is_zipfile(file):
+                raise InputError(f"{file}: cut short or not a PyTorch checkpoint; download it again")
+        if not binaries:
+            raise InputError(f"{self.path}: no weights (model.safetensors, pytorch_model.bin) in the folder")
+        return {}
+
+    def number(self, *keys: str) -> int:
+        """The first of ``keys`` in the (text) configuration. Raises InputError when none is there."""
+        for key in keys:
+            value = self.text_config.get(key)
+            if isinstance(value, int):
+                return value
+        raise InputError(f"{self.path / 'config.json'}: none of {', '.join(keys)} found")
+
+    @property
+    def block_count(self) -> int:
+        """Number of layers."""
+        return self.number("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+    @property
+    def embedding_length(self) -> int:
+        """Width of the residual stream."""
+        return self.number("hidden_size", "n_embd", "d_model", "dim")
+
+    @property
+    def quantization(self) -> str | None:
+        """How the checkpoint's own weights are quantised ("bitsandbytes", ...), or None."""
+        config = self.config.get("quantization_config") or self.text_config.get("quantization_config")
+        return (config.get("quant_method") or "unknown") if isinstance(config, dict) else None
+
+    @property
+    def element_count(self) -> int:
+        """Number of weights; for .bin files as if they held 16 bits each."""
+        if self.tensors:
+            return sum(t.count for t in self.tensors.values())
+        return sum(p.stat().st_size for p in self.path.glob("pytorch_model*.bin")) // 2
+
+    def native_type(self) -> str:
+        """The narrowest of f16, bf16 and f32 that holds every tensor without loss."""
+        kinds = {t.dtype for t in self.tensors.values() if len(t.shape) > 1}
+        return {frozenset(["F16"]): "f16", frozenset(["BF16"]): "bf16"}.get(frozenset(kinds), "f32")
+
+    def tied_copy(self) -> str | None:
+        """Name of an output matrix that is stored although tied, None without one.
+
+        Raises InputError when it differs from the embeddings: the config then contradicts the weights.
+        """
+        if not self.text_config.get("tie_word_embeddings", False):
+            return None
+        head = next((n for n in self.tensors if HEAD.search(n)), None)
+        embedding = next((n for n in self.tensors if EMBEDDING.search(n)), None)
+        if head is None or embedding is None:
+            return None
+        if self.tensors[head].read() != self.tensors[embedding].read():
+            raise InputError(
+                f"{self.path}: tie_word_embeddings is set, but '{head}' differs from '{embedding}'; "
+                "set tie_word_embeddings to false to keep both, or remove the one that is wrong"
+            )
+        return head
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that this user may still write to the file system of ``path``."""
+    stat = os.statvfs(path)
+    return stat.f_bavail * stat.f_frsize

@@ -1,0 +1,359 @@
+"""LoRA into checkpoint weights, tensor by tensor: PEFT does each merge in float32, one weight in memory.
+
+The model is built on torch's meta device, so nothing but the adapter is loaded. PEFT wraps it exactly as in
+training and says which tensors the adapter must hold; anything left over or missing stops the conversion.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from first_convert.checkpoint import Checkpoint, read_json, safetensors_header
+from pyfirst.errors import InputError
+from pyfirst.recipe import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
+
+Read = Callable[[str], torch.Tensor]
+PREFIX = "base_model.model."
+
+# Options under which W + BA alone is not the trained model; named in the refusal.
+REFUSED = {
+    "layer_replication": "the adapter repeats layers of its base",
+    "alora_invocation_tokens": "an activated LoRA is switched on by tokens and cannot be merged",
+    "use_qalora": "QALoRA needs its quantised base",
+    "use_bdlora": "BD-LoRA is for serving only",
+    "arrow_config": "Arrow routes between adapters and cannot be merged",
+    "kasa_config": "KaSA changes its base weights",
+    "velora_config": "VeLoRA is not supported",
+    "monteclora_config": "MonteCLoRA is not supported",
+    "megatron_config": "Megatron layers are not in a Hugging Face checkpoint",
+    "target_parameters": "adapters on bare parameters (fused experts) are not supported",
+    "ensure_weight_tying": "tying adapters is not supported",
+}
+# These change the base weights when the adapter is made, so the plain base is the wrong one to merge into.
+REFUSED_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass
+class Merge:
+    """What an adapter does to a checkpoint.
+
+    Attributes:
+        config: adapter_config.json as it is.
+        pairs: A/B pairs in the adapter; every one of them is used, or there is no Merge.
+        saved: whole tensors that the adapter brings, by their name in the checkpoint.
+        modules: name of a changed tensor in the checkpoint -> (shape, function from a reader of base tensors
+            to the merged float32 tensor). Has tensors that the checkpoint lacks when a tied head is untied.
+        untied: whether the output matrix was tied and now differs from the embeddings.
+    """
+
+    config: dict[str, Any]
+    pairs: int
+    saved: list[str] = field(default_factory=list)
+    modules: dict[str, tuple[tuple[int, ...], Callable[[Read], torch.Tensor]]] = field(default_factory=dict)
+    untied: bool = False
+
+
+def check_config(directory: Path) -> dict[str, Any]:
+    """adapter_config.json of a LoRA that can be merged. Raises InputError naming the key that forbids it."""
+    path = directory / ADAPTER_CONFIG_NAME
+    config = read_json(path)
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise InputError(f"{path}: peft_type is {kind!r}, only LORA can be merged")
+    for key, reason in REFUSED.items():
+        if config.get(key):
+            raise InputError(f"{path}: '{key}' is set: {reason}")
+    init = str(config.get("init_lora_weights", True)).lower()
+    if init.startswith(REFUSED_INIT):
+        raise InputError(
+            f"{path}: init_lora_weights is {init!r}, which changed the base weights; save the adapter with "
+            "path_initial_model_for_weight_conversion to turn it into a plain LoRA"
+        )
+    if config.get("bias", "none") != "none":
+        raise InputError(f"{path}: bias is {config['bias']!r}, only 'none' is supported")
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), (int, float)) or config[key] <= 0:
+            raise InputError(f"{path}: '{key}' is {config.get(key)!r}, expected a positive number")
+    return config
+
+
+def _known(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The keys that this PEFT knows; a key of a newer one that is set stops the merge."""
+    import peft
+
+    names = {f.name for f in dataclasses.fields(peft.LoraConfig)}
+    unknown = [key for key, value in config.items() if key not in names and value]
+    if unknown:
+        raise InputError(
+            f"{path}: unknown key '{unknown[0]}' (peft {peft.__version__}); a newer peft may know it"
+        )
+    return {key: value for key, value in config.items() if key in names}
+
+
+def load_adapter(directory: Path) -> dict[str, torch.Tensor]:
+    """Tensors of an adapter in float32 by key. Raises InputError for a short file or values not finite."""
+    path = directory / ADAPTER_WEIGHTS_NAME
+    if path.is_file():
+        from safetensors.torch import load_file
+
+        safetensors_header(path)
+        tensors = load_file(path)
+    elif (directory / "adapter_model.bin").is_file():
+        path = directory / "adapter_model.bin"
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise InputError(f"{path}: not a readable PyTorch file ({error})") from None
+    else:
+        raise InputError(f"{path}: not found, although the folder holds {ADAPTER_CONFIG_NAME}")
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise InputError(f"{path}: '{key}' holds NaN or infinity")
+    return {key: tensor.float() for key, tensor in tensors.items()}
+
+
+def meta_model(checkpoint: Checkpoint) -> nn.Module:
+    """The checkpoint's model on the meta device, without weights. Raises InputError."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+        name = (config.architectures or [""])[0]
+        cls = getattr(transformers, name, transformers.AutoModelForCausalLM)
+        build = getattr(cls, "_from_config", None) or cls.from_config
+        with torch.device("meta"):
+            return build(config)
+    except (ValueError, KeyError, OSError, AttributeError) as error:
+        raise InputError(f"{checkpoint.path}: transformers cannot build this model ({error})") from None
+
+
+def _canonical(key: str) -> str:
+    """An adapter key without what compilers, wrappers and multimodal parents put in front of it."""
+    key = key.replace("_orig_mod.", "").replace(".default.", ".").removesuffix(".default")
+    key = re.sub(rf"^(module\.|{re.escape(PREFIX)})+", "", key)
+    key = key.replace("language_model.", "")
+    return re.sub(r"^(model\.)+", "model.", key)
+
+
+def _match(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], base: dict[str, str], path: Path
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Split an adapter into (what PEFT expects, by its keys; whole base weights, by parameter name).
+
+    ``base``: parameter name with the wrapper's ``base_layer`` in it -> plain name.
+    """
+    by_canonical = {_canonical(key): key for key in expected}
+    base_by_canonical = {_canonical(key): name for key, name in base.items()}
+    adapter: dict[str, torch.Tensor] = {}
+    whole: dict[str, torch.Tensor] = {}
+    unmatched = []
+    for key, tensor in found.items():
+        name = _canonical(key)
+        target = key if key in expected else by_canonical.get(name)
+        if target is not None and target not in adapter:
+            adapter[target] = tensor
+        elif target is None and name in base_by_canonical:
+            whole[base_by_canonical[name]] = tensor
+        else:
+            unmatched.append(key)
+
+    def pairs(keys: Any) -> int:
+        return sum(bool(re.search(r"lora_(embedding_)?A(\.|$)", key)) for key in keys)
+
+    missing = [key for key in expected if key not in adapter]
+    total = max(pairs(found), 1)
+    if unmatched:
+        shown = ", ".join(unmatched[:4]) + (f" and {len(unmatched) - 4} more" if len(unmatched) > 4 else "")
+        raise InputError(
+            f"{path}: {pairs(adapter)} of {pairs(found)} adapter pairs fit this model; unmatched: {shown}"
+        )
+    if missing:
+        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+        raise InputError(
+            f"{path}: {pairs(adapter)} of {total} adapter pairs found, but the model also needs: {shown}; "
+            "the adapter was trained on another model or is not complete"
+        )
+    for key, tensor in adapter.items():
+        if tensor.shape != expected[key].shape:
+            raise InputError(
+                f"{path}: '{key}' is {list(tensor.shape)}, this model needs {list(expected[key].shape)}; "
+                "the adapter was trained on another model"
+            )
+    return adapter, whole
+
+
+def _stored_name(name: str, checkpoint: Checkpoint, model: nn.Module) -> str | None:
+    """A parameter's name in the checkpoint's files, which may or may not carry the base model's prefix."""
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        if candidate in checkpoint.tensors:
+            return candidate
+    return None
+
+
+def plan(checkpoint: Checkpoint, directory: str | Path) -> Merge:
+    """Work out what the adapter in ``directory`` does to the checkpoint; nothing of the base is loaded.
+
+    Raises InputError when any part of the adapter would not be used, does not fit, or cannot be merged.
+    """
+    import peft
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    directory = Path(directory)
+    path = directory / ADAPTER_WEIGHTS_NAME
+    raw = check_config(directory)
+    if checkpoint.quantization is not None:
+        raise InputError(
+            f"{checkpoint.path}: the weights are quantised ({checkpoint.quantization}); merging needs the "
+            "unquantised base model"
+        )
+    if not checkpoint.tensors:
+        raise InputError(f"{checkpoint.path}: merging needs a safetensors checkpoint, not PyTorch .bin files")
+    settings = _known(raw, directory / ADAPTER_CONFIG_NAME)
+    settings |= {"init_lora_weights": True, "inference_mode": True, "lora_dropout": 0.0}
+    settings.pop("peft_type")
+    found = load_adapter(directory)
+    model = meta_model(checkpoint)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding_name, head_name = names[id(embedding)] + ".weight", names.get(id(head), "") + ".weight"
+    tied = head is not None and head.weight is embedding.weight
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            wrapped = peft.get_peft_model(
+                model, peft.LoraConfig(**settings), low_cpu_mem_usage=True, autocast_adapter_dtype=False
+            )
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{directory / ADAPTER_CONFIG_NAME}: {error}") from None
+        # A tied head with its own adapter is no longer tied; its base is the embeddings all the same.
+        inner = wrapped.base_model.model
+        expected = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        plain = {
+            PREFIX + name: name.replace(".base_layer.", ".")
+            .replace(".original_module.", ".")
+            .replace(".token_adapter.", ".")
+            for name, _ in inner.named_parameters(remove_duplicate=False)
+            if "lora_" not in name and "modules_to_save" not in name and "trainable_tokens" not in name
+        }
+        shapes = {
+            plain[PREFIX + name]: parameter.shape
+            for name, parameter in inner.named_parameters(remove_duplicate=False)
+            if PREFIX + name in plain
+        }
+        plain |= {PREFIX + name: name for name in plain.values()}
+        adapter, whole = _match(found, expected, plain, path)
+        for name, tensor in whole.items():
+            if tensor.shape != shapes[name]:
+                raise InputError(
+                    f"{path}: '{name}' is {list(tensor.shape)}, the model's is {list(shapes[name])}; was the "
+                    "vocabulary extended? resize and save the base model first"
+                )
+        tuners = {n: module for n, module in inner.named_modules() if isinstance(module, BaseTunerLayer)}
+        for module in tuners.values():  # PEFT moves an adapter to where its base is: make that the CPU
+            module.get_base_layer().weight = nn.Parameter(torch.empty(0), requires_grad=False)
+            for original in getattr(module, "trainable_tokens_original", {}):
+                module.trainable_tokens_original[original] = torch.empty(0)
+        # Trained tokens of tied embeddings reach the head as well: it stays tied.
+        followers = [name for name, module in tuners.items() if getattr(module, "tied_adapter", None)]
+        tuners = {name: module for name, module in tuners.items() if name not in followers}
+        result = peft.set_peft_model_state_dict(wrapped, adapter, low_cpu_mem_usage=True)
+    if result.unexpected_keys:
+        raise InputError(f"{path}: PEFT did not use {', '.join(result.unexpected_keys[:4])}")
+
+    merge = Merge(raw, sum("lora_A" in key or "lora_embedding_A" in key for key in adapter))
+
+    def stored(name: str) -> str:
+        """Where the base tensor of a parameter is; a tied head's is the embeddings."""
+        found_name = _stored_name(name, checkpoint, model)
+        if found_name is None and tied and name == head_name:
+            found_name = _stored_name(embedding_name, checkpoint, model)
+        if found_name is None:
+            raise InputError(
+                f"{checkpoint.path}: no tensor '{name}', which the adapter changes, under that name"
+            )
+        return found_name
+
+    def reader(name: str) -> Callable[[Read], torch.Tensor]:
+        """Base values of a parameter, float32: the adapter's own copy where it brings one."""
+        if name in whole:
+            return lambda read: whole[name].clone()
+        source = stored(name)
+        return lambda read: read(source).float()
+
+    def put(name: str, shape: tuple[int, ...], compute: Callable[[Read], torch.Tensor]) -> None:
+        target = _stored_name(name, checkpoint, model)
+        if target is None and not (tied and name == head_name):
+            stored(name)
+        merge.modules[target or name] = (tuple(shape), compute)
+
+    for name, tensor in whole.items():
+        put(name, tensor.shape, reader(name))
+        merge.saved.append(name)
+    for name, module in inner.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for parameter, tensor in module.modules_to_save["default"].named_parameters():
+                put(f"{name}.{parameter}", tensor.shape, lambda read, t=tensor: t.detach().float().clone())
+                merge.saved.append(f"{name}.{parameter}")
+    for name, module in tuners.items():
+        name = name.removesuffix(".token_adapter")
+        base = module.get_base_layer()
+        read_weight = reader(f"{name}.weight")
+        has_bias = getattr(base, "bias", None) is not None
+        read_bias = reader(f"{name}.bias") if has_bias else None
+
+        def compute(
+            read: Read,
+            part: str = "weight",
+            module: Any = module,
+            weight: Callable[[Read], torch.Tensor] = read_weight,
+            bias: Callable[[Read], torch.Tensor] | None = read_bias,
+        ) -> torch.Tensor:
+            base = module.get_base_layer()
+            base.weight = nn.Parameter(weight(read).clone(), requires_grad=False)
+            if bias is not None:
+                base.bias = nn.Parameter(bias(read).clone(), requires_grad=False)
+            with torch.no_grad():
+                module.merge(safe_merge=True)
+            merged = getattr(base, part).detach()
+            module.merged_adapters.clear()
+            base.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+            return merged
+
+        put(f"{name}.weight", tuple(shapes[f"{name}.weight"]), compute)
+        if has_bias and raw.get("lora_bias"):
+            put(
+                f"{name}.bias",
+                tuple(shapes[f"{name}.bias"]),
+                lambda read, compute=compute: compute(read, part="bias"),
+            )
+    changed = {head_name, _stored_name(embedding_name, checkpoint, model)} & set(merge.modules)
+    if tied and changed and not followers:
+        merge.untied = head_name not in checkpoint.tensors
+        if head_name not in merge.modules:
+            put(head_name, tuple(shapes[embedding_name]), reader(head_name))
+    return merge
+
+
+def summary(merge: Merge | None) -> dict[str, Any] | None:
+    """The counts to report: {"pairs", "pairs_used", "modules", "saved", "untied"}."""
+    if merge is None:
+        return None
+    return {
+        "pairs": merge.pairs,
+        "pairs_used": merge.pairs,
+        "modules": len(merge.modules),
+        "saved": merge.saved,
+        "untied": merge.untied,
+    }
