@@ -7,6 +7,7 @@ training and says which tensors the adapter must hold; anything left over or mis
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import warnings
 from collections.abc import Callable
@@ -200,6 +201,11 @@ def _stored_name(name: str, checkpoint: Checkpoint, model: nn.Module) -> str | N
     return None
 
 
+def _copy(tensor: torch.Tensor, read: Read) -> torch.Tensor:
+    """A tensor that the adapter brings, whatever the base holds."""
+    return tensor.detach().float().clone()
+
+
 def plan(checkpoint: Checkpoint, directory: str | Path) -> Merge:
     """Work out what the adapter in ``directory`` does to the checkpoint; nothing of the base is loaded.
 
@@ -223,7 +229,7 @@ def plan(checkpoint: Checkpoint, directory: str | Path) -> Merge:
     settings |= {"init_lora_weights": True, "inference_mode": True, "lora_dropout": 0.0}
     settings.pop("peft_type")
     found = load_adapter(directory)
-    model = meta_model(checkpoint)
+    model: Any = meta_model(checkpoint)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
     embedding_name, head_name = names[id(embedding)] + ".weight", names.get(id(head), "") + ".weight"
@@ -238,7 +244,7 @@ def plan(checkpoint: Checkpoint, directory: str | Path) -> Merge:
         except (ValueError, TypeError) as error:
             raise InputError(f"{directory / ADAPTER_CONFIG_NAME}: {error}") from None
         # A tied head with its own adapter is no longer tied; its base is the embeddings all the same.
-        inner = wrapped.base_model.model
+        inner: Any = wrapped.base_model.model
         expected = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
         plain = {
             PREFIX + name: name.replace(".base_layer.", ".")
@@ -260,7 +266,9 @@ def plan(checkpoint: Checkpoint, directory: str | Path) -> Merge:
                     f"{path}: '{name}' is {list(tensor.shape)}, the model's is {list(shapes[name])}; was the "
                     "vocabulary extended? resize and save the base model first"
                 )
-        tuners = {n: module for n, module in inner.named_modules() if isinstance(module, BaseTunerLayer)}
+        tuners: dict[str, Any] = {
+            n: module for n, module in inner.named_modules() if isinstance(module, BaseTunerLayer)
+        }
         for module in tuners.values():  # PEFT moves an adapter to where its base is: make that the CPU
             module.get_base_layer().weight = nn.Parameter(torch.empty(0), requires_grad=False)
             for original in getattr(module, "trainable_tokens_original", {}):
@@ -268,7 +276,7 @@ def plan(checkpoint: Checkpoint, directory: str | Path) -> Merge:
         # Trained tokens of tied embeddings reach the head as well: it stays tied.
         followers = [name for name, module in tuners.items() if getattr(module, "tied_adapter", None)]
         tuners = {name: module for name, module in tuners.items() if name not in followers}
-        result = peft.set_peft_model_state_dict(wrapped, adapter, low_cpu_mem_usage=True)
+        result: Any = peft.set_peft_model_state_dict(wrapped, adapter, low_cpu_mem_usage=True)
     if result.unexpected_keys:
         raise InputError(f"{path}: PEFT did not use {', '.join(result.unexpected_keys[:4])}")
 
@@ -288,7 +296,7 @@ def plan(checkpoint: Checkpoint, directory: str | Path) -> Merge:
     def reader(name: str) -> Callable[[Read], torch.Tensor]:
         """Base values of a parameter, float32: the adapter's own copy where it brings one."""
         if name in whole:
-            return lambda read: whole[name].clone()
+            return functools.partial(_copy, whole[name])
         source = stored(name)
         return lambda read: read(source).float()
 
@@ -304,7 +312,7 @@ def plan(checkpoint: Checkpoint, directory: str | Path) -> Merge:
     for name, module in inner.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             for parameter, tensor in module.modules_to_save["default"].named_parameters():
-                put(f"{name}.{parameter}", tensor.shape, lambda read, t=tensor: t.detach().float().clone())
+                put(f"{name}.{parameter}", tensor.shape, functools.partial(_copy, tensor))
                 merge.saved.append(f"{name}.{parameter}")
     for name, module in tuners.items():
         name = name.removesuffix(".token_adapter")
@@ -333,11 +341,8 @@ def plan(checkpoint: Checkpoint, directory: str | Path) -> Merge:
 
         put(f"{name}.weight", tuple(shapes[f"{name}.weight"]), compute)
         if has_bias and raw.get("lora_bias"):
-            put(
-                f"{name}.bias",
-                tuple(shapes[f"{name}.bias"]),
-                lambda read, compute=compute: compute(read, part="bias"),
-            )
+            shape = tuple(shapes[f"{name}.bias"])
+            put(f"{name}.bias", shape, functools.partial(compute, part="bias"))
     changed = {head_name, _stored_name(embedding_name, checkpoint, model)} & set(merge.modules)
     if tied and changed and not followers:
         merge.untied = head_name not in checkpoint.tensors

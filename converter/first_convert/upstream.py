@@ -1,8 +1,7 @@
 """llama.cpp's own converter and gguf-py, as installed beside our library.
 
-Run as a script (``python upstream.py PLAN.json``) it is the conversion process: upstream's
-convert_hf_to_gguf.py with three small additions that keep upstream's files unmodified: config keys
-that transformers 5 stopped writing, pre-tokenizers known by their rules, and weights merged on the fly.
+Upstream's files stay unmodified. Added from here: config keys that transformers 5 stopped writing, and
+pre-tokenizers known by their rules.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,15 +59,20 @@ def upstream() -> Iterator[None]:
 
 
 def upstream_dir() -> Path:
-    """Folder with convert_hf_to_gguf.py, conversion/ and gguf-py/. Raises ImportError."""
-    root = os.environ.get("PYFIRST_UPSTREAM")
-    if root is None:
-        from pyfirst.native import upstream_dir as native_upstream_dir
+    """Folder with convert_hf_to_gguf.py, conversion/ and gguf-py/. Raises ImportError without them."""
+    from pyfirst.native import upstream_dir as folder
 
-        root = str(native_upstream_dir())
-    if not (Path(root) / "convert_hf_to_gguf.py").is_file():
-        raise ImportError(f"{root}: no convert_hf_to_gguf.py; install pyfirst again with pip")
-    return Path(root)
+    return folder()
+
+
+def native() -> Any:
+    """The llama_cpp module on top of pyfirst's library. Raises ImportError when pyfirst is not built."""
+    import pyfirst.native  # first, because it points llama_cpp at our library
+
+    assert pyfirst.native
+    import llama_cpp
+
+    return llama_cpp
 
 
 def gguf() -> Any:
@@ -78,6 +81,9 @@ def gguf() -> Any:
         with upstream():
             import gguf.quants  # noqa: F401
     return _ours["gguf"]
+
+
+by_rules: list[str] = []  # pre-tokenizers that upstream did not know in this process
 
 
 def recognise(tokenizer: Any) -> str | None:
@@ -112,8 +118,8 @@ def extend(base: Any, pre_tokenizer: str | None = None) -> None:
     """Teach upstream's ``conversion.base`` module what it lacks (see the module's docstring)."""
     load_hparams, by_hash = base.ModelBase.load_hparams, base.TextModel.get_vocab_base_pre
 
-    def load(dir_model: Path, is_mistral_format: bool) -> dict[str, Any]:
-        return complete_hparams(load_hparams(dir_model, is_mistral_format))
+    def load(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        return complete_hparams(load_hparams(*args, **kwargs))
 
     def get_vocab_base_pre(self: Any, tokenizer: Any) -> str:
         if pre_tokenizer is not None:
@@ -125,6 +131,7 @@ def extend(base: Any, pre_tokenizer: str | None = None) -> None:
             name = recognise(tokenizer)
             if name is None:
                 raise
+            by_rules.append(name)
             return name
         finally:
             logging.getLogger("hf-to-gguf").setLevel(logging.NOTSET)
@@ -133,15 +140,20 @@ def extend(base: Any, pre_tokenizer: str | None = None) -> None:
     base.TextModel.get_vocab_base_pre = get_vocab_base_pre
 
 
-def convert_hf_to_gguf(argv: list[str]) -> None:
-    """Run upstream's converter with our additions in this process, with upstream's own arguments."""
+def convert_hf_to_gguf(argv: list[str], pre_tokenizer: str | None = None, prepare: Any = None) -> None:
+    """Run upstream's converter with our additions in this process, with upstream's own arguments.
+
+    ``prepare`` is called with upstream's ``conversion.base`` before anything is converted.
+    """
     with upstream():
         fresh = "convert_hf_to_gguf" not in sys.modules
         import conversion.base
         import convert_hf_to_gguf as module
 
         if fresh:
-            extend(conversion.base)
+            extend(conversion.base, pre_tokenizer)
+        if prepare is not None:
+            prepare(conversion.base)
         saved, sys.argv = sys.argv, ["convert_hf_to_gguf.py", *argv]
         try:
             module.main()

@@ -1,0 +1,160 @@
+"""The conversion process: upstream's converter, with the LoRA merged on the fly and the routers added.
+
+Run as ``python -m first_convert.child JOB.json`` by convert.py, so that its memory goes when it ends.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from first_convert import merge, pack
+from first_convert.checkpoint import Checkpoint
+from first_convert.upstream import by_rules, convert_hf_to_gguf
+from pyfirst.errors import InputError
+from pyfirst.recipe import load_recipe
+
+PROBES = (
+    "Hello, world! It's 12345 and 3.14.",
+    "  two  spaces\n\n\ttab\r\nend ",
+    "Съешь ещё этих мягких булок",
+    "我能吞下玻璃而不伤身体。日本語",
+    "👩‍👩‍👧 🦙🚀 café naïve ½",
+    "def f(x):\n    return x**2  # they'll, YOU'RE",
+    "مرحبا हिन्दी ไทย 2024-12-31",
+)
+
+
+def _probe(model_dir: str) -> list[tuple[str, list[int]]]:
+    """Strings and their token ids by transformers, added tokens among them; none when it has no tokenizer."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        added = list(tokenizer.get_added_vocab())[:20]
+        texts = [*PROBES, *(f"a{token}b" for token in added)]
+        return [(text, tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+    except Exception:
+        return []  # upstream reads some tokenizers that transformers does not
+
+
+def run_job(job: dict[str, Any]) -> dict[str, Any]:
+    """The conversion process: one checkpoint to GGUF, merged and with routers.
+
+    ``job``: model, outfile, outtype, pre_tokenizer, recipe, lora, drop (tensor names), base_model.
+    Returns {"lora": counts or None, "pre_tokenizer": name found by its rules or None, "probes": [...]}.
+    """
+    checkpoint = Checkpoint(job["model"])
+    recipe = load_recipe(job["recipe"]) if job["recipe"] else None
+    plan = merge.plan(checkpoint, job["lora"]) if job["lora"] else None
+    reached: set[str] = set()
+
+    def prepare(base: Any) -> None:
+        lib, lazy = base.gguf, base.LazyTorchTensor
+        index, load = base.ModelBase.index_tensors, base.ModelBase.load_hparams
+        metadata = base.ModelBase.prepare_metadata
+
+        def read(name: str) -> torch.Tensor:
+            tensor = checkpoint.tensors[name]
+            data = lib.utility.SafetensorsLocal(tensor.path)[name].mmap_bytes()
+            return torch.from_numpy(data).view(lazy._dtype_str_map[tensor.dtype]).reshape(tensor.shape)
+
+        def index_tensors(self: Any, *args: Any, **kwargs: Any) -> Any:
+            tensors = index(self, *args, **kwargs)
+            for name in job["drop"]:
+                tensors.pop(name, None)
+            for name, (shape, compute) in (plan.modules if plan else {}).items():
+                if name not in tensors and name in checkpoint.tensors:
+                    continue  # upstream renames or leaves out this tensor; counted below
+                meta = lazy.meta_with_dtype_and_shape(torch.float32, shape)
+
+                def merged(meta: Any = meta, compute: Any = compute) -> Any:
+                    return lazy(meta=meta, args=(), func=lambda: compute(read).contiguous())
+
+                tensors[name] = merged
+                reached.add(name)
+            return tensors
+
+        def load_hparams(*args: Any, **kwargs: Any) -> Any:
+            config = load(*args, **kwargs)
+            if plan is not None and plan.untied:
+                for part in (config, config.get("text_config") or {}):
+                    part["tie_word_embeddings"] = False
+            return config
+
+        def prepare_metadata(self: Any, *args: Any, **kwargs: Any) -> None:
+            original = lib.Metadata.load
+
+            def described(*args: Any, **kwargs: Any) -> Any:
+                result = original(*args, **kwargs)
+                if recipe is not None:
+                    pack.describe(result, recipe, job["base_model"])
+                return result
+
+            lib.Metadata.load = staticmethod(described)
+            try:
+                metadata(self, *args, **kwargs)
+            finally:
+                lib.Metadata.load = staticmethod(original)
+            if recipe is not None:
+                pack.add(self.gguf_writer, pack.entries(recipe, plan.config if plan else None))
+
+        base.ModelBase.index_tensors = index_tensors
+        base.ModelBase.load_hparams = staticmethod(load_hparams)
+        base.ModelBase.prepare_metadata = prepare_metadata
+
+    errors: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            errors.append(record.getMessage())
+
+    handler = Keep(logging.ERROR)
+    logging.getLogger().addHandler(handler)
+    argv = [job["model"], "--outfile", job["outfile"], "--outtype", job["outtype"]]
+    try:
+        convert_hf_to_gguf(argv, job["pre_tokenizer"], prepare)
+    except SystemExit as error:
+        if error.code:
+            raise InputError(f"{job['model']}: {errors[-1] if errors else 'the converter gave up'}") from None
+    except KeyError as error:
+        raise InputError(f"{job['model']}: llama.cpp's converter misses {error} in config.json") from None
+    except NotImplementedError as error:
+        hint = "; name one with --pre-tokenizer" if "pre-tokenizer" in str(error) else ""
+        raise InputError(f"{job['model']}: {error}{hint}") from None
+    finally:
+        logging.getLogger().removeHandler(handler)
+    if plan is not None and (lost := sorted(set(plan.modules) - reached)):
+        raise InputError(
+            f"{job['lora']}: {len(reached)} of {len(plan.modules)} changed tensors reached the file; "
+            f"llama.cpp's converter leaves out {', '.join(lost[:4])}"
+        )
+    return {
+        "lora": merge.summary(plan),
+        "pre_tokenizer": by_rules[-1] if by_rules else None,
+        "probes": _probe(job["model"]),
+    }
+
+
+def main() -> int:
+    """Run one job from a JSON file; its answer, or {"error": line}, goes to the file under "result"."""
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    logging.basicConfig(level=logging.INFO if job["verbose"] else logging.CRITICAL)
+    try:
+        answer = run_job(job)
+    except Exception as error:
+        if job["verbose"]:
+            logging.exception("conversion failed")
+        text = " ".join(str(error).split()) or type(error).__name__
+        answer = {"error": text, "expected": isinstance(error, (ValueError, OSError, ImportError))}
+    Path(job["result"]).write_text(json.dumps(answer), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

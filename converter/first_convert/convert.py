@@ -1,0 +1,459 @@
+"""first-convert: a Hugging Face model, its LoRA and its FiRST routers into one GGUF file."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from first_convert import pack, quantize
+from first_convert.checkpoint import Checkpoint, free_bytes, read_json
+from first_convert.upstream import gguf, native
+from pyfirst.cli import common
+from pyfirst.errors import InputError
+from pyfirst.recipe import ADAPTER_CONFIG_NAME, Recipe, load_recipe
+
+BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of first-convert."""
+    parser = common.parser(
+        "first-convert",
+        "Convert a Hugging Face model folder, with the LoRA and routers of a recipe, to one GGUF file.",
+        "first-convert smollm2-135m-hf --first recipe --outfile smollm2-first.gguf --outtype q4_k_m",
+    )
+    parser.add_argument(
+        "model_dir", nargs="?", metavar="MODEL_DIR", help="model folder with config.json and weights"
+    )
+    parser.add_argument(
+        "--first", metavar="RECIPE_DIR", help="recipe of first-train: routers and, if trained, a LoRA"
+    )
+    parser.add_argument("--lora", metavar="ADAPTER_DIR", help="PEFT LoRA to merge, when the recipe has none")
+    parser.add_argument(
+        "--base-gguf", metavar="FILE", help="pack the routers into this GGUF, tensors untouched"
+    )
+    parser.add_argument(
+        "--strip", metavar="FILE", help="remove the routers from this GGUF, tensors untouched"
+    )
+    parser.add_argument("--outfile", metavar="FILE", help="GGUF to write")
+    parser.add_argument("--outtype", metavar="TYPE", help=f"{', '.join(quantize.TYPES)} (default q8_0)")
+    parser.add_argument("--imatrix", metavar="FILE", help="importance matrix of llama-imatrix, as GGUF")
+    parser.add_argument(
+        "--pre-tokenizer", metavar="NAME", help="llama.cpp's pre-tokenizer, where not recognised"
+    )
+    parser.add_argument("--threads", type=int, default=0, help="threads for quantising (default: all cores)")
+    parser.add_argument("--force", action="store_true", help="replace an existing outfile")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the plan, write nothing"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def _say(text: str) -> None:
+    print(f"first-convert: {text}", file=sys.stderr, flush=True)
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _child(module: str, job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Run ``python -m module job.json`` and return its answer. Raises InputError with the child's line."""
+    request, result = folder / "job.json", folder / "result.json"
+    result.unlink(missing_ok=True)
+    request.write_text(json.dumps({**job, "result": str(result)}), encoding="utf-8")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+        "PYTHONUTF8": "1",  # upstream reads and prints with the locale's encoding
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    if not sys.stderr.isatty():
+        environment["TQDM_DISABLE"] = "1"
+    if not job.get("verbose"):
+        environment["PYTHONWARNINGS"] = "ignore"
+    command = [sys.executable, "-m", module, str(request)]
+    # Native code must not write into our stdout, which carries the result only.
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        process.wait()
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    if not result.is_file():
+        code = process.returncode
+        reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        memory = " (out of memory?)" if code == -signal.SIGKILL else ""
+        raise RuntimeError(f"{module} ended with {reason}{memory}")
+    answer = json.loads(result.read_text(encoding="utf-8"))
+    if "error" in answer:
+        raise (InputError if answer.get("expected", True) else RuntimeError)(answer["error"])
+    return answer
+
+
+@contextlib.contextmanager
+def _workspace(outfile: Path) -> Iterator[Path]:
+    """A hidden folder beside ``outfile``, gone at the end whatever happens; those of dead runs go too."""
+    for old in outfile.parent.glob(f".{outfile.name}.*.first"):
+        pid = old.name.split(".")[-3]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc").exists():
+            shutil.rmtree(old, ignore_errors=True)
+    folder = Path(
+        tempfile.mkdtemp(prefix=f".{outfile.name}.{os.getpid()}.", suffix=".first", dir=outfile.parent)
+    )
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish(temporary: Path, outfile: Path) -> None:
+    """Put a finished file at its final name so that a crash leaves the old file or the new one."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(outfile)
+    folder = os.open(outfile.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _check_finite(path: Path) -> None:
+    """Raise InputError naming the first float tensor of a GGUF that holds NaN or infinity."""
+    import numpy as np
+
+    kinds = gguf().GGMLQuantizationType
+    for tensor in pack.open_gguf(path).tensors:
+        data = tensor.data.reshape(-1)
+        if tensor.tensor_type == kinds.BF16:
+            words, exponent = data.view(np.uint16), 0x7F80
+        elif tensor.tensor_type == kinds.F16:
+            words, exponent = data.view(np.uint16), 0x7C00
+        elif tensor.tensor_type == kinds.F32:
+            words, exponent = data.view(np.uint32), 0x7F800000
+        else:
+            continue
+        for start in range(0, words.size, 1 << 22):
+            if ((words[start : start + (1 << 22)] & exponent) == exponent).any():
+                hint = "; a value is beyond 65504, use bf16 or f32" if tensor.tensor_type == kinds.F16 else ""
+                raise InputError(
+                    f"tensor '{tensor.name}' holds NaN or infinity as {tensor.tensor_type.name}{hint}"
+                )
+
+
+def _check_loads(path: Path, probes: Sequence[tuple[str, list[int]]]) -> list[str]:
+    """Load the finished file with llama.cpp, and return the probe texts that it cuts into other tokens.
+
+    Raises InputError with llama.cpp's reason when it does not load.
+    """
+    llama_cpp = native()
+    lines: list[str] = []
+
+    @llama_cpp.llama_log_callback
+    def log(level: int, text: bytes, user_data: Any) -> None:
+        lines.append(text.decode("utf-8", "replace"))
+
+    llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
+    params = llama_cpp.llama_model_default_params()
+    params.n_gpu_layers = 0
+    if hasattr(params, "use_extra_bufts"):
+        params.use_extra_bufts = False  # no repacking: this reads little of the file
+    model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+    try:
+        if not model:
+            reasons = [line.strip() for line in lines if "error" in line]
+            raise InputError(
+                f"llama.cpp does not load the result: {(reasons or lines or ['no reason given'])[0]}"
+            )
+        vocab = llama_cpp.llama_model_get_vocab(model)
+        wrong = []
+        for text, expected in probes:
+            raw = text.encode()
+            ids = (llama_cpp.llama_token * (len(raw) + 8))()
+            count = llama_cpp.llama_tokenize(vocab, raw, len(raw), ids, len(ids), False, True)
+            if list(ids[: max(count, 0)]) != list(expected):
+                wrong.append(text)
+        return wrong
+    finally:
+        if model:
+            llama_cpp.llama_model_free(model)
+        from llama_cpp._logger import llama_log_callback as default
+
+        llama_cpp.llama_log_set(default, ctypes.c_void_p(0))
+
+
+def _fallback_cost(path: Path, fallbacks: list[dict[str, Any]]) -> int:
+    """Bytes that fallback types add to the tensors of a file."""
+    lib = gguf()
+    sizes = {
+        name.lower(): lib.GGML_QUANT_SIZES[kind]
+        for name, kind in lib.GGMLQuantizationType.__members__.items()
+    }
+    counts = {t.name: int(t.n_elements) for t in pack.open_gguf(path).tensors}
+    cost = 0.0
+    for entry in fallbacks:
+        (block, size), (wanted_block, wanted_size) = (
+            sizes[entry["got"].lower()],
+            sizes[entry["wanted"].lower()],
+        )
+        cost += counts[entry["tensor"]] * (size / block - wanted_size / wanted_block)
+    return round(cost)
+
+
+def _check_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Raise InputError, naming both numbers, for a recipe of another depth or width."""
+    config, path = recipe.config, checkpoint.path / "config.json"
+    for what, found, wanted in (
+        ("layers", checkpoint.block_count, config.block_count),
+        ("wide", checkpoint.embedding_length, config.embedding_length),
+    ):
+        if found != wanted:
+            raise InputError(f"{path}: the model is {found} {what}, the recipe was trained for {wanted}")
+
+
+def _lora_dir(recipe: Recipe | None, lora: str | Path | None) -> Path | None:
+    """The folder of the adapter to merge, if any. Raises InputError where there are two or a wrong one."""
+    if lora is None:
+        return recipe.adapter_dir if recipe else None
+    if recipe is not None and recipe.adapter_dir is not None:
+        raise InputError(
+            f"--lora {lora}: the recipe brings its own LoRA ({recipe.adapter_dir}); give one of them"
+        )
+    if not (Path(lora) / ADAPTER_CONFIG_NAME).is_file():
+        raise InputError(f"--lora {lora}: no {ADAPTER_CONFIG_NAME} there; expected a PEFT adapter folder")
+    return Path(lora)
+
+
+def convert(
+    model_dir: str | Path | None = None,
+    *,
+    outfile: str | Path,
+    first: str | Path | None = None,
+    lora: str | Path | None = None,
+    base_gguf: str | Path | None = None,
+    strip: str | Path | None = None,
+    outtype: str | None = None,
+    imatrix: str | Path | None = None,
+    pre_tokenizer: str | None = None,
+    threads: int = 0,
+    force: bool = False,
+    dry_run: bool = False,
+    verbose: bool = False,
+) -> dict[str, Any]:
+    """Write one GGUF; see ``first-convert --help`` for the arguments. Progress goes to stderr.
+
+    Exactly one of ``model_dir``, ``base_gguf`` and ``strip`` is the source. The file appears under its name
+    only when it is complete and llama.cpp has loaded it. Returns {"outfile", "bytes", "outtype", "layers",
+    "lora", "fallbacks", "fallback_bytes", "seconds", ...}. Raises InputError (a ValueError) for wrong input,
+    OSError for a full disk.
+    """
+    started = time.monotonic()
+    if sum(x is not None for x in (model_dir, base_gguf, strip)) != 1:
+        raise InputError("give exactly one of MODEL_DIR, --base-gguf and --strip")
+    outfile = Path(outfile)
+    kind = quantize.outtype(outtype or "q8_0")
+    if model_dir is None and (outtype or imatrix or lora or pre_tokenizer):
+        raise InputError(
+            "--outtype, --imatrix, --lora and --pre-tokenizer need MODEL_DIR; tensors of a GGUF stay as is"
+        )
+    if base_gguf is not None and first is None:
+        raise InputError("--base-gguf needs --first RECIPE_DIR, whose routers are packed")
+    if imatrix is not None and kind in quantize.PLAIN:
+        raise InputError(f"--imatrix is for quantised types, not {kind}")
+    if outfile.is_dir():
+        raise InputError(f"{outfile}: a directory, expected a file name")
+    if not outfile.absolute().parent.is_dir():
+        raise InputError(
+            f"{outfile.absolute().parent}: no such directory, so {outfile.name} cannot be written there"
+        )
+    if outfile.exists() and not force:
+        raise InputError(f"{outfile}: exists already; --force replaces it")
+    outfile = outfile.absolute()
+    recipe = load_recipe(first) if first is not None else None
+
+    source = base_gguf if base_gguf is not None else strip
+    if source is not None:
+        return _from_gguf(Path(source), outfile, recipe, dry_run, started)
+
+    checkpoint = Checkpoint(model_dir if model_dir is not None else "")
+    adapter = _lora_dir(recipe, lora)
+    if recipe is not None:
+        _check_recipe(checkpoint, recipe)
+    if checkpoint.quantization and (
+        adapter or checkpoint.quantization in ("bitsandbytes", "awq", "hqq", "eetq")
+    ):
+        raise InputError(
+            f"{checkpoint.path}: quantised weights ({checkpoint.quantization}); needs the unquantised base"
+        )
+    if imatrix is not None:
+        quantize.load_imatrix(imatrix)
+    duplicate = checkpoint.tied_copy()
+    # Merged weights stay float32 up to the quantizer; plain ones go through the type they have.
+    direct = kind in quantize.PLAIN
+    middle = kind if direct else ("f32" if adapter else checkpoint.native_type())
+    count = checkpoint.element_count
+    needed = (
+        int(count * BITS.get(kind, 6.6) / 8) + (0 if direct else int(count * BITS[middle] / 8)) + (16 << 20)
+    )
+    free = free_bytes(outfile.parent)
+    plan: dict[str, Any] = {
+        "model": str(checkpoint.path),
+        "recipe": str(first) if first else None,
+        "lora_dir": str(adapter) if adapter else None,
+        "weights": count,
+        "outtype": kind,
+        "intermediate": None if direct else middle,
+        "disk_needed": needed,
+        "disk_free": free,
+    }
+    if needed > free:
+        raise OSError(f"{outfile.parent}: {_size(needed)} needed, {_size(free)} free")
+    if dry_run:
+        if adapter:
+            from first_convert import merge
+
+            plan["lora"] = merge.summary(merge.plan(checkpoint, adapter))
+        return plan
+
+    with _workspace(outfile) as folder:
+        stage = folder / "model.gguf"
+        _say(f"converting {count / 1e6:.1f}M weights to {middle}" + (", merging the LoRA" if adapter else ""))
+        answer = _child(
+            "first_convert.child",
+            {
+                "model": str(checkpoint.path.absolute()),
+                "outfile": str(stage),
+                "outtype": middle,
+                "pre_tokenizer": pre_tokenizer,
+                "recipe": str(Path(first).absolute()) if first else None,
+                "lora": str(adapter.absolute()) if adapter else None,
+                "drop": [duplicate] if duplicate else [],
+                "base_model": _base_model(adapter),
+                "verbose": verbose,
+            },
+            folder,
+        )
+        if recipe is not None:
+            pack.check_shape(pack.open_gguf(stage), checkpoint.path, recipe)
+        if (answer["lora"] or {}).get("untied") and not any(
+            tensor.name == "output.weight" for tensor in pack.open_gguf(stage).tensors
+        ):
+            raise InputError(
+                f"{adapter}: the LoRA makes the tied output matrix differ from the embeddings, but for this "
+                "architecture llama.cpp's converter writes no output.weight"
+            )
+        _check_finite(stage)
+        fallbacks: list[dict[str, Any]] = []
+        result = stage
+        if not direct:
+            _say(f"quantising to {kind}")
+            result = folder / "quantised.gguf"
+            job = {"source": str(stage), "out": str(result), "kind": kind, "threads": threads}
+            job["imatrix"] = str(Path(imatrix).absolute()) if imatrix else None
+            fallbacks = _child("first_convert.quantize", job, folder)["fallbacks"]
+            pack.open_gguf(result)  # native code does not see a disk that fills up
+            stage.unlink()
+        cost = _fallback_cost(result, fallbacks)
+        if fallbacks:
+            kinds = sorted({f"{entry['wanted']} -> {entry['got']}" for entry in fallbacks})
+            _say(f"{len(fallbacks)} tensors too narrow for {kind}: {', '.join(kinds)}, {_size(cost)} more")
+        wrong = _check_loads(result, answer["probes"])
+        if wrong and (pre_tokenizer or answer["pre_tokenizer"]):
+            name = pre_tokenizer or answer["pre_tokenizer"]
+            raise InputError(f"{checkpoint.path}: as '{name}', llama.cpp cuts {wrong[0]!r} into other tokens")
+        if wrong:
+            _say(f"warning: llama.cpp cuts {len(wrong)} of {len(answer['probes'])} strings into other tokens")
+        _publish(result, outfile)
+    return {
+        "outfile": str(outfile),
+        "bytes": outfile.stat().st_size,
+        "outtype": kind,
+        "layers": checkpoint.block_count,
+        "routers": recipe is not None,
+        "lora": answer["lora"],
+        "fallbacks": fallbacks,
+        "fallback_bytes": cost,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _base_model(adapter: Path | None) -> str:
+    """What the adapter says of its base, for provenance only; it is never looked up."""
+    if adapter is None:
+        return ""
+    return read_json(adapter / ADAPTER_CONFIG_NAME).get("base_model_name_or_path") or ""
+
+
+def _from_gguf(
+    source: Path, outfile: Path, recipe: Recipe | None, dry_run: bool, started: float
+) -> dict[str, Any]:
+    """--base-gguf (with a recipe) and --strip (without)."""
+    reader = pack.open_gguf(source)
+    if recipe is not None:
+        pack.check_shape(reader, source, recipe)
+    needed, free = source.stat().st_size + (16 << 20), free_bytes(outfile.parent)
+    if needed > free:
+        raise OSError(f"{outfile.parent}: {_size(needed)} needed, {_size(free)} free")
+    if dry_run:
+        return {"base_gguf": str(source), "disk_needed": needed, "disk_free": free}
+    with _workspace(outfile) as folder:
+        result = folder / "model.gguf"
+        answer = pack.pack(source, result, recipe) if recipe is not None else pack.strip(source, result)
+        if answer.get("replaced_routers"):
+            _say("the file had routers already; they are replaced")
+        _check_loads(result, ())
+        _publish(result, outfile)
+    return {
+        "outfile": str(outfile),
+        "bytes": outfile.stat().st_size,
+        "routers": recipe is not None,
+        **answer,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def command(args: argparse.Namespace) -> dict[str, Any]:
+    """Run the parsed command line and print the result on stdout."""
+    if args.outfile is None:
+        raise InputError("--outfile FILE is required")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    options = {name: value for name, value in vars(args).items() if name != "json"}
+    result = convert(options.pop("model_dir"), **options)
+    if args.json:
+        print(json.dumps(result))
+    elif args.dry_run:
+        for name, item in result.items():
+            print(f"{name}: {_size(item) if name.startswith('disk') else item}")
+    else:
+        lora = result.get("lora")
+        merged = f", {lora['pairs_used']} LoRA pairs merged into {lora['modules']} tensors" if lora else ""
+        routers = ", with routers" if result["routers"] else ", without routers"
+        print(f"{args.outfile}: {_size(result['bytes'])}{routers}{merged}, {result['seconds']} s")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of first-convert; returns the exit code."""
+    return common.run(build_parser, command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

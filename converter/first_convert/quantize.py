@@ -1,0 +1,158 @@
+"""llama.cpp's own quantizer, in a process of its own: an abort in native code or Ctrl-C ends only that."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from first_convert.upstream import native
+from pyfirst.errors import InputError
+
+# Name -> llama_ftype, as llama-quantize offers them.
+TYPES = {
+    "f32": 0,
+    "f16": 1,
+    "bf16": 32,
+    "q4_0": 2,
+    "q4_1": 3,
+    "q5_0": 8,
+    "q5_1": 9,
+    "q8_0": 7,
+    "q2_k": 10,
+    "q2_k_s": 21,
+    "q3_k_s": 11,
+    "q3_k_m": 12,
+    "q3_k_l": 13,
+    "q4_k_s": 14,
+    "q4_k_m": 15,
+    "q5_k_s": 16,
+    "q5_k_m": 17,
+    "q6_k": 18,
+    "iq1_s": 24,
+    "iq1_m": 31,
+    "iq2_xxs": 19,
+    "iq2_xs": 20,
+    "iq2_s": 28,
+    "iq2_m": 29,
+    "iq3_xxs": 23,
+    "iq3_xs": 22,
+    "iq3_s": 26,
+    "iq3_m": 27,
+    "iq4_nl": 25,
+    "iq4_xs": 30,
+    "tq1_0": 36,
+    "tq2_0": 37,
+    "mxfp4_moe": 38,
+    "q1_0": 40,
+    "q2_0": 41,
+}
+ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
+PLAIN = ("f32", "f16", "bf16")
+_FALLBACK = re.compile(
+    r"(?P<tensor>\S+)\s+- ncols\s+(?P<columns>\d+) not divisible by\s+\d+ "
+    r"\(required for type\s+(?P<wanted>\w+)\).*?-> falling back to\s+(?P<got>\w+)"
+)
+
+
+def outtype(name: str) -> str:
+    """The canonical name of an output type. Raises InputError listing the known ones."""
+    lowered = name.lower()
+    lowered = ALIASES.get(lowered, lowered)
+    if lowered not in TYPES:
+        raise InputError(f"unknown outtype '{name}', expected one of {', '.join((*TYPES, *ALIASES))}")
+    return lowered
+
+
+def load_imatrix(path: str | Path) -> dict[str, Any]:
+    """Importance matrix of llama-imatrix (GGUF): tensor name -> float32 mean squares. Raises InputError."""
+    import numpy as np
+
+    from first_convert.pack import open_gguf
+
+    tensors = {t.name: t.data for t in open_gguf(path).tensors}
+    result = {}
+    for name, sums in tensors.items():
+        if name.endswith(".in_sum2"):
+            counts = tensors.get(name.removesuffix(".in_sum2") + ".counts")
+            if counts is None:
+                raise InputError(f"{path}: '{name}' has no counts beside it")
+            mean = sums.reshape(counts.size, -1) / np.maximum(counts.reshape(-1, 1), 1)
+            result[name.removesuffix(".in_sum2")] = np.ascontiguousarray(mean.ravel(), dtype=np.float32)
+    if not result:
+        raise InputError(f"{path}: no importance matrix in the file; make one with llama-imatrix")
+    return result
+
+
+def _structures(matrix: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """The C array that llama_model_quantize takes, and what must outlive the call."""
+
+    llama_cpp = native()
+    array = (llama_cpp.llama_model_imatrix_data * (len(matrix) + 1))()
+    keep: list[Any] = [array]
+    for slot, (name, values) in zip(array, matrix.items(), strict=False):
+        slot.name, slot.size = name.encode(), values.size
+        slot.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        keep.append(values)
+    return array, keep
+
+
+def quantize(
+    source: str | Path,
+    out: str | Path,
+    kind: str,
+    threads: int = 0,
+    imatrix: str | Path | None = None,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Quantise a GGUF in this process; ``threads`` 0 means all cores.
+
+    Returns {"fallbacks": [{"tensor", "columns", "wanted", "got"}]}, the tensors whose rows do not fit the
+    blocks of the wanted type. ``dry_run`` writes nothing. Raises InputError with llama.cpp's own reason.
+    """
+    llama_cpp = native()
+    lines: list[str] = []
+
+    @llama_cpp.llama_log_callback
+    def log(level: int, text: bytes, user_data: Any) -> None:
+        lines.append(text.decode("utf-8", "replace"))
+
+    llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread, params.dry_run = TYPES[kind], threads, dry_run
+    params.max_buf_size = 256 << 20
+    keep: list[Any] = []
+    if imatrix is not None:
+        array, keep = _structures(load_imatrix(imatrix))
+        params.imatrix = ctypes.cast(array, type(params.imatrix))
+    status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(params))
+    del keep
+    text = "".join(lines)
+    if status != 0:
+        reasons = re.findall(r"failed to quantize: (.*)", text)
+        reason = reasons[-1].strip() if reasons else f"llama_model_quantize returned {status}"
+        if "imatrix" in reason or "importance matrix" in reason:
+            reason += f"; {kind} needs --imatrix"
+        raise InputError(f"{kind}: {reason}")
+    fallbacks = [m.groupdict() | {"columns": int(m["columns"])} for m in _FALLBACK.finditer(text)]
+    return {"fallbacks": fallbacks}
+
+
+def main() -> int:
+    """Run one job: a JSON file with the arguments of ``quantize`` and "result", where the answer goes."""
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    result = Path(job.pop("result"))
+    try:
+        answer = quantize(**job)
+    except (ValueError, OSError, ImportError) as error:
+        answer = {"error": " ".join(str(error).split())}
+    result.write_text(json.dumps(answer), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
