@@ -1,0 +1,177 @@
+"""The patched libllama: where it is, and its llama_first_* functions.
+
+Importing this module makes ``import llama_cpp`` load our library, through
+llama-cpp-python's own variable LLAMA_CPP_LIB_PATH.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from pyfirst.errors import InputError
+
+API_VERSION = 1
+BINDINGS_VERSION = "0.3.36"
+PREFILL_FULL, PREFILL_SKIP = 0, 1
+
+_STATUS = {
+    -1: "the model has no routers",
+    -2: "the layers of this architecture cannot be skipped",
+    -3: "sequence, length or value out of range",
+    -4: "not possible with what the sequence holds",
+}
+
+
+def _package_dir(name: str, witness: str, variable: str) -> Path:
+    """A folder that the build installs into the package, also when Python imports the source tree."""
+    if variable in os.environ:
+        return Path(os.environ[variable])
+    candidates = [Path(__file__).resolve().parent / name]
+    try:
+        candidates.append(Path(str(importlib.metadata.distribution("pyfirst").locate_file(f"pyfirst/{name}"))))
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    for candidate in candidates:
+        if list(candidate.glob(witness)):
+            return candidate
+    raise ImportError(
+        f"{candidates[0]}: no {witness} there; pyfirst is not built: run 'pip install .' in its source folder"
+    )
+
+
+def lib_dir() -> Path:
+    """Folder of the patched libllama and ggml. Raises ImportError when pyfirst is not built."""
+    return _package_dir("lib", "*llama.*", "LLAMA_CPP_LIB_PATH")
+
+
+def upstream_dir() -> Path:
+    """Folder of upstream's convert_hf_to_gguf.py, conversion/ and gguf-py/. Raises ImportError."""
+    return _package_dir("upstream", "convert_hf_to_gguf.py", "PYFIRST_UPSTREAM")
+
+
+def _load() -> ctypes.CDLL:
+    """Import llama_cpp with our library and return the library. Raises ImportError."""
+    if "llama_cpp" not in sys.modules:
+        os.environ["LLAMA_CPP_LIB_PATH"] = str(lib_dir())
+    import llama_cpp
+
+    if llama_cpp.__version__ != BINDINGS_VERSION:
+        raise ImportError(
+            f"llama-cpp-python {llama_cpp.__version__} is installed, pyfirst needs {BINDINGS_VERSION}: "
+            f"pip install llama-cpp-python=={BINDINGS_VERSION}"
+        )
+    lib = llama_cpp.llama_cpp._lib
+    for symbol in _SIGNATURES:
+        if not hasattr(lib, symbol):
+            raise ImportError(
+                f"{lib._name}: the symbol {symbol} is missing, so this is not the patched library; import pyfirst "
+                "before llama_cpp, and unset LLAMA_CPP_LIB_PATH if it points elsewhere"
+            )
+    for symbol, (restype, argtypes) in _SIGNATURES.items():
+        function = getattr(lib, symbol)
+        function.restype, function.argtypes = restype, argtypes
+    version = lib.llama_first_api_version()
+    if version != API_VERSION:
+        raise ImportError(f"{lib._name}: llama-first API version {version}, expected {API_VERSION}; rebuild pyfirst")
+    return lib
+
+
+_i32, _ptr, _size = ctypes.c_int32, ctypes.c_void_p, ctypes.c_size_t
+_floats, _bytes = ctypes.POINTER(ctypes.c_float), ctypes.POINTER(ctypes.c_uint8)
+_SIGNATURES: dict[str, tuple[type, list]] = {
+    "llama_first_api_version": (_i32, []),
+    "llama_model_first_n_layer": (_i32, [_ptr]),
+    "llama_model_first_calibration": (_i32, [_ptr, _floats, _floats, _size]),
+    "llama_first_set_routing": (_i32, [_ptr, ctypes.c_bool]),
+    "llama_first_set_threshold": (_i32, [_ptr, ctypes.c_float]),
+    "llama_first_set_prefill": (_i32, [_ptr, ctypes.c_int]),
+    "llama_first_begin": (_i32, [_ptr, _i32]),
+    "llama_first_commit": (_i32, [_ptr, _i32]),
+    "llama_first_set_mask": (_i32, [_ptr, _i32, _bytes, _size]),
+    "llama_first_get_mask": (_i32, [_ptr, _i32, _bytes, _size]),
+    "llama_first_get_scores": (_i32, [_ptr, _i32, _floats, _size]),
+}
+
+lib = _load()
+
+
+def _check(status: int, what: str) -> int:
+    if status < 0:
+        raise InputError(f"{what}: {_STATUS.get(status, f'error {status}')}")
+    return status
+
+
+def _as_bytes(array: np.ndarray):
+    return array.ctypes.data_as(_bytes)
+
+
+def _as_floats(array: np.ndarray):
+    return array.ctypes.data_as(_floats)
+
+
+def routed_layers(model: int) -> int:
+    """Number of layers with a router in a llama_model, 0 if the file has none."""
+    return lib.llama_model_first_n_layer(model)
+
+
+def calibration(model: int) -> tuple[np.ndarray, np.ndarray]:
+    """Calibration points (threshold, mean share of layers kept), each float32 [n], measured after training."""
+    none = np.empty(0, np.float32)
+    n = lib.llama_model_first_calibration(model, _as_floats(none), _as_floats(none), 0)
+    threshold, kept = np.empty(n, np.float32), np.empty(n, np.float32)
+    lib.llama_model_first_calibration(model, _as_floats(threshold), _as_floats(kept), n)
+    return threshold, kept
+
+
+def set_routing(ctx: int, on: bool) -> None:
+    """Route the sequences that start from now on. Raises InputError where the model cannot."""
+    _check(lib.llama_first_set_routing(ctx, on), "routing")
+
+
+def set_threshold(ctx: int, threshold: float) -> None:
+    """A layer is kept when its mean score reaches the threshold. Raises InputError if it is not finite."""
+    _check(lib.llama_first_set_threshold(ctx, threshold), f"threshold {threshold}")
+
+
+def set_prefill(ctx: int, mode: int) -> int:
+    """Set PREFILL_FULL or PREFILL_SKIP; returns the mode in force, full where layers are offloaded."""
+    return _check(lib.llama_first_set_prefill(ctx, mode), f"prefill mode {mode}")
+
+
+def begin(ctx: int, seq_id: int = 0) -> None:
+    """Score the tokens of an empty sequence until commit(). Raises InputError."""
+    _check(lib.llama_first_begin(ctx, seq_id), f"sequence {seq_id}")
+
+
+def commit(ctx: int, seq_id: int = 0) -> None:
+    """End of the prompt: pin the mask that the scores decide. Raises InputError if nothing was scored."""
+    _check(lib.llama_first_commit(ctx, seq_id), f"sequence {seq_id}")
+
+
+def set_mask(ctx: int, mask: np.ndarray, seq_id: int = 0) -> None:
+    """Pin a mask, bool [n_layer], True = keep. Raises InputError.
+
+    Layers that a live sequence has skipped hold no keys and values, so they cannot come back.
+    """
+    keep = np.ascontiguousarray(mask, dtype=np.uint8)
+    _check(lib.llama_first_set_mask(ctx, seq_id, _as_bytes(keep), keep.size), f"mask of sequence {seq_id}")
+
+
+def get_mask(ctx: int, n_layer: int, seq_id: int = 0) -> np.ndarray | None:
+    """The pinned mask, bool [n_layer], or None."""
+    keep = np.empty(n_layer, np.uint8)
+    n = _check(lib.llama_first_get_mask(ctx, seq_id, _as_bytes(keep), keep.size), f"sequence {seq_id}")
+    return keep.astype(bool) if n else None
+
+
+def get_scores(ctx: int, n_layer: int, seq_id: int = 0) -> np.ndarray | None:
+    """Mean scores of the prompt tokens read, float32 [n_layer], or None."""
+    scores = np.empty(n_layer, np.float32)
+    n = _check(lib.llama_first_get_scores(ctx, seq_id, _as_floats(scores), scores.size), f"sequence {seq_id}")
+    return scores if n else None
