@@ -5,6 +5,7 @@ Run as ``python -m first_convert.child JOB.json`` by convert.py, so that its mem
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
@@ -53,6 +54,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     recipe = load_recipe(job["recipe"]) if job["recipe"] else None
     plan = merge.plan(checkpoint, job["lora"]) if job["lora"] else None
     reached: set[str] = set()
+    by_rules.clear()
 
     def prepare(base: Any) -> None:
         lib, lazy = base.gguf, base.LazyTorchTensor
@@ -61,8 +63,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
 
         def read(name: str) -> torch.Tensor:
             tensor = checkpoint.tensors[name]
-            data = lib.utility.SafetensorsLocal(tensor.path)[name].mmap_bytes()
-            return torch.from_numpy(data).view(lazy._dtype_str_map[tensor.dtype]).reshape(tensor.shape)
+            data = torch.frombuffer(bytearray(tensor.read()), dtype=lazy._dtype_str_map[tensor.dtype])
+            return data.reshape(tensor.shape)
 
         def index_tensors(self: Any, *args: Any, **kwargs: Any) -> Any:
             tensors = index(self, *args, **kwargs)
@@ -104,10 +106,14 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
             if recipe is not None:
                 pack.add(self.gguf_writer, pack.entries(recipe, plan.config if plan else None))
 
+        undo.callback(setattr, base.ModelBase, "index_tensors", index)
+        undo.callback(setattr, base.ModelBase, "load_hparams", staticmethod(load))
+        undo.callback(setattr, base.ModelBase, "prepare_metadata", metadata)
         base.ModelBase.index_tensors = index_tensors
         base.ModelBase.load_hparams = staticmethod(load_hparams)
         base.ModelBase.prepare_metadata = prepare_metadata
 
+    undo = contextlib.ExitStack()
     errors: list[str] = []
 
     class Keep(logging.Handler):
@@ -128,6 +134,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         hint = "; name one with --pre-tokenizer" if "pre-tokenizer" in str(error) else ""
         raise InputError(f"{job['model']}: {error}{hint}") from None
     finally:
+        undo.close()
         logging.getLogger().removeHandler(handler)
     if plan is not None and (lost := sorted(set(plan.modules) - reached)):
         raise InputError(

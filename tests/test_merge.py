@@ -1,0 +1,265 @@
+"""Every adapter's merge against PEFT's own unmerged forward, through the whole chain to llama.cpp."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from first_convert import child, merge
+from first_convert.checkpoint import Checkpoint
+from pyfirst.errors import InputError
+
+LORA = {
+    "all linear layers": ("llama", {}),
+    "grouped heads, biases": ("llama-bias", {}),
+    "lora_bias": ("llama-bias", {"lora_bias": True}),
+    "rank and alpha patterns": ("llama", {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 32}}),
+    "rslora": ("llama", {"use_rslora": True, "r": 16, "lora_alpha": 16}),
+    "dora": ("llama", {"use_dora": True}),
+    "fan_in_fan_out by mistake": ("llama", {"target_modules": ["o_proj"], "fan_in_fan_out": True}),
+    "Conv1D": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "embeddings and head": ("llama", {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
+    "saved modules": (
+        "llama",
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    ),
+    "saved norms": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}),
+    "trained tokens": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [5, 6]}),
+    "tied: head": ("llama-tied", {"target_modules": ["lm_head"]}),
+    "tied: embeddings": ("llama-tied", {"target_modules": ["embed_tokens"]}),
+    "tied: both": ("llama-tied", {"target_modules": ["embed_tokens", "lm_head"]}),
+    "tied: saved head": ("llama-tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "tied: saved embeddings": (
+        "llama-tied",
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ),
+    "tied: trained tokens": ("llama-tied", {"target_modules": ["q_proj"], "trainable_token_indices": [5, 6]}),
+    "fused qkv": ("phi3", {}),
+    "gemma's norms": ("gemma3", {"target_modules": ["q_proj", "down_proj"]}),
+    "gptneox": ("gptneox", {}),
+    "mixture of experts": ("qwen3moe", {"target_modules": ["q_proj", "k_proj"]}),
+    "mixtral": ("mixtral", {"target_modules": ["q_proj", "v_proj"]}),
+    "qwen2": ("qwen2", {"target_modules": ["q_proj", "k_proj"]}),
+}
+
+
+def convert(model, out, lora=None, recipe=None, outtype="f32", **job):
+    """The conversion process's job, run in this one; its answer."""
+    job = {"pre_tokenizer": None, "drop": [], "base_model": "", **job}
+    paths = {
+        "model": str(model),
+        "outfile": str(out),
+        "lora": lora and str(lora),
+        "recipe": recipe and str(recipe),
+    }
+    return child.run_job({**job, **paths, "outtype": outtype})
+
+
+def peft_logits(model, adapter, ids):
+    """The adapter not merged, in PEFT's own forward."""
+    import peft
+
+    net = peft.PeftModel.from_pretrained(tiny.load(model), str(adapter)).eval()
+    with torch.no_grad():
+        return net(input_ids=torch.tensor([ids]), use_cache=False).logits[0].numpy()
+
+
+def gguf_logits(path, ids):
+    from native_model import opened
+
+    with opened(path) as model:
+        return model.feed(ids)
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_merged_file_equals_unmerged_peft(name, tiny_model, tmp_path):
+    arch, config = LORA[name]
+    model, base = tiny_model(arch)
+    adapter = tiny.adapter(model, tmp_path / "adapter", **config)
+    answer = convert(model, tmp_path / "out.gguf", lora=adapter)["lora"]
+    assert answer["pairs_used"] == answer["pairs"] > 0
+    ids = tiny.prompt()
+    truth, got = peft_logits(model, adapter, ids), gguf_logits(tmp_path / "out.gguf", ids)
+    assert np.abs(got - truth).max() < 1e-4
+    assert np.abs(got - gguf_logits(base, ids)).max() > 0.02  # the adapter does something
+
+
+@pytest.mark.parametrize("heads, kv", [(4, 4), (4, 2), (4, 1), (8, 2)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_row_permutation_of_grouped_queries(heads, kv, bias, tmp_path):
+    model = tiny.make(
+        "llama", tmp_path / "hf", num_attention_heads=heads, num_key_value_heads=kv, attention_bias=bias
+    )
+    adapter = tiny.adapter(model, tmp_path / "adapter", target_modules=["q_proj", "k_proj"])
+    convert(model, tmp_path / "out.gguf", lora=adapter)
+    ids = tiny.prompt()
+    truth = peft_logits(model, adapter, ids)
+    assert np.abs(gguf_logits(tmp_path / "out.gguf", ids) - truth).max() < 1e-4
+
+
+def test_saved_module_is_stored_bit_for_bit(tiny_model, tmp_path):
+    from first_convert.pack import open_gguf
+
+    model, _ = tiny_model("llama")
+    adapter = tiny.adapter(model, tmp_path / "a", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    convert(model, tmp_path / "out.gguf", lora=adapter)
+    saved = load_file(adapter / "adapter_model.safetensors")["base_model.model.lm_head.weight"]
+    tensors = {t.name: t.data for t in open_gguf(tmp_path / "out.gguf").tensors}
+    assert np.array_equal(tensors["output.weight"], saved.numpy())
+    assert not np.array_equal(saved, load_file(model / "model.safetensors")["lm_head.weight"])
+
+
+def rename(adapter, change):
+    path = adapter / "adapter_model.safetensors"
+    save_file({change(key): tensor for key, tensor in load_file(path).items()}, path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda key: key.replace("base_model.model.model.", "base_model.model.language_model.model."),
+        lambda key: key.replace("base_model.model.model.", "base_model.model.model.language_model."),
+        lambda key: key.replace("base_model.model.", "base_model.model._orig_mod."),
+        lambda key: key.replace(".weight", ".default.weight"),
+        lambda key: key.removeprefix("base_model.model."),
+        lambda key: "base_model.model." + key,
+    ],
+)
+def test_foreign_prefixes_are_understood(change, tiny_model, tmp_path):
+    model, _ = tiny_model("llama")
+    adapter = tiny.adapter(model, tmp_path / "adapter")
+    ids = tiny.prompt()
+    truth = peft_logits(model, adapter, ids)
+    rename(adapter, change)
+    convert(model, tmp_path / "out.gguf", lora=adapter)
+    assert np.abs(gguf_logits(tmp_path / "out.gguf", ids) - truth).max() < 1e-4
+
+
+def plan_error(model, adapter):
+    with pytest.raises(InputError) as error:
+        merge.plan(Checkpoint(model), adapter)
+    return str(error.value)
+
+
+def test_adapter_that_matches_nothing_is_refused(tiny_model, tmp_path):
+    model, _ = tiny_model("llama")
+    adapter = tiny.adapter(model, tmp_path / "adapter", target_modules=["q_proj"])
+    rename(adapter, lambda key: key.replace("self_attn", "attention"))
+    text = plan_error(model, adapter)
+    assert "0 of 4 adapter pairs" in text and "layers.0.attention.q_proj.lora_A" in text
+
+
+def test_one_renamed_layer_is_refused(tiny_model, tmp_path):
+    model, _ = tiny_model("llama")
+    adapter = tiny.adapter(model, tmp_path / "adapter", target_modules=["q_proj"])
+    rename(adapter, lambda key: key.replace("layers.2.", "layers.two."))
+    assert "3 of 4 adapter pairs" in plan_error(model, adapter)
+
+
+@pytest.mark.parametrize(
+    "layers, words", [(6, "4 of 6 adapter pairs"), (3, "3 of 3 adapter pairs found, but")]
+)
+def test_adapter_of_another_depth_is_refused(layers, words, tiny_model, tmp_path):
+    model, _ = tiny_model("llama")
+    other = tiny.make("llama", tmp_path / "other", num_hidden_layers=layers)
+    adapter = tiny.adapter(other, tmp_path / "adapter", target_modules=["q_proj"])
+    assert words in plan_error(model, adapter)
+
+
+def test_adapter_of_another_width_is_refused(tiny_model, tmp_path):
+    model, _ = tiny_model("llama")
+    other = tiny.make("llama", tmp_path / "other", hidden_size=96)
+    adapter = tiny.adapter(other, tmp_path / "adapter", target_modules=["q_proj"])
+    text = plan_error(model, adapter)
+    assert "[4, 96]" in text and "[4, 64]" in text
+
+
+def test_extended_vocabulary_is_refused_with_both_sizes(tiny_model, tmp_path):
+    model, _ = tiny_model("llama")
+    other = tiny.make("llama", tmp_path / "other", vocab_size=tiny.VOCAB + 3)
+    adapter = tiny.adapter(other, tmp_path / "adapter", target_modules=["embed_tokens"])
+    text = plan_error(model, adapter)
+    assert "387" in text and "384" in text
+
+
+def edit(adapter, **changes):
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, **changes}))
+
+
+@pytest.mark.parametrize(
+    "changes, word",
+    [
+        ({"peft_type": "LOHA"}, "LOHA"),
+        ({"layer_replication": [[0, 2], [1, 4]]}, "layer_replication"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights"),
+        ({"bias": "all"}, "bias"),
+        ({"a_new_method": {"strength": 2}}, "a_new_method"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"r": 0}, "'r'"),
+    ],
+)
+def test_variants_that_cannot_be_merged_are_refused_by_name(changes, word, tiny_model, tmp_path):
+    model, _ = tiny_model("llama")
+    adapter = tiny.adapter(model, tmp_path / "adapter", target_modules=["q_proj"])
+    edit(adapter, **changes)
+    assert word in plan_error(model, adapter)
+
+
+def test_unknown_key_without_a_value_is_ignored(tiny_model, tmp_path):
+    model, _ = tiny_model("llama")
+    adapter = tiny.adapter(model, tmp_path / "adapter", target_modules=["q_proj"])
+    edit(adapter, a_new_method=None)
+    assert merge.plan(Checkpoint(model), adapter).pairs == 4
+
+
+@pytest.mark.parametrize("base", ["some-org/some-model", None, "/no/longer/there"])
+def test_named_base_is_never_looked_up(base, tiny_model, tmp_path, monkeypatch):
+    import socket
+
+    def refuse(*args):
+        raise AssertionError("network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    model, _ = tiny_model("llama")
+    adapter = tiny.adapter(model, tmp_path / "adapter", target_modules=["q_proj"])
+    edit(adapter, base_model_name_or_path=base)
+    assert merge.plan(Checkpoint(model), adapter).pairs == 4
+
+
+def test_nan_in_the_adapter_is_named(tiny_model, tmp_path):
+    model, _ = tiny_model("llama")
+    adapter = tiny.adapter(model, tmp_path / "adapter", target_modules=["q_proj"])
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(iter(tensors))
+    tensors[key][0, 0] = float("nan")
+    save_file(tensors, path)
+    assert key in plan_error(model, adapter)
+
+
+def test_short_adapter_file_is_named(tiny_model, tmp_path):
+    model, _ = tiny_model("llama")
+    adapter = tiny.adapter(model, tmp_path / "adapter", target_modules=["q_proj"])
+    path = adapter / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert str(path) in plan_error(model, adapter)
+
+
+def test_quantised_base_is_refused(tiny_model, tmp_path):
+    model, _ = tiny_model("llama")
+    copy = tmp_path / "q"
+    shutil.copytree(model, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (copy / "config.json").write_text(json.dumps(config))
+    adapter = tiny.adapter(model, tmp_path / "adapter", target_modules=["q_proj"])
+    assert "unquantised" in plan_error(copy, adapter)
