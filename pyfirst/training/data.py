@@ -1,0 +1,200 @@
+"""Task files (JSONL with ``prompt``, ``response``, optional ``task``) as tokens, the prompt marked."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+
+from pyfirst.errors import InputError
+
+
+@dataclass
+class Example:
+    """One prompt and its response.
+
+    Attributes:
+        prompt: token ids as the runtime will feed them, chat template and generation prompt included.
+        response: token ids, end-of-turn token included.
+        task: the line's ``task``, or the file's name.
+        text: the prompt's own text.
+    """
+
+    prompt: list[int]
+    response: list[int]
+    task: str
+    text: str
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.response)
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, str]]:
+    """Lines of a task file as dicts of prompt, response and task. Raises InputError naming the line."""
+    path = Path(path)
+    rows = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; expected JSON lines with 'prompt' and 'response'") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error})") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{number}: not valid JSON ({error})") from None
+        for key in ("prompt", "response"):
+            if not isinstance(row, dict) or not isinstance(row.get(key), str) or not row[key].strip():
+                raise InputError(
+                    f'{path}:{number}: expected {{"prompt": "...", "response": "..."}} with text in both'
+                )
+        task = row.get("task", path.name.split(".")[0])
+        rows.append({"prompt": row["prompt"], "response": row["response"], "task": str(task)})
+    if not rows:
+        raise InputError(f"{path}: no examples in it")
+    return rows
+
+
+def encode(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], list[int]]:
+    """Token ids of prompt and response, each tokenised by itself as at run time.
+
+    With a chat template the prompt ends with the generation prompt and holds no BOS but the template's own;
+    the response ends with what the template puts behind an answer. Without one, the tokenizer's own special
+    tokens stand before the prompt and EOS behind the response. Raises InputError if the template refuses.
+    """
+    if not tokenizer.chat_template:
+        ids = tokenizer(prompt)["input_ids"]
+        if ids and ids[-1] == tokenizer.eos_token_id:
+            ids = ids[:-1]
+        return ids, [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    user = {"role": "user", "content": prompt}
+    try:
+        head = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+        answer = {"role": "assistant", "content": response}
+        whole = tokenizer.apply_chat_template([user, answer], tokenize=False)
+    except Exception as error:  # templates raise whatever they like
+        raise InputError(f"the model's chat template refuses a user turn and an answer: {error}") from error
+    tail = whole[len(head) :].rstrip() if whole.startswith(head) else ""
+    if not tail.startswith(response.strip()) or tail == response.strip():
+        tail = response.strip() + tokenizer.eos_token
+    return tuple(tokenizer(part, add_special_tokens=False)["input_ids"] for part in (head, tail))  # type: ignore[return-value]
+
+
+def load_examples(
+    rows: Sequence[dict[str, str]], tokenizer: Any, max_length: int
+) -> tuple[list[Example], dict[str, int]]:
+    """Encode rows; prompts that are too long lose their end, before the template closes around them.
+
+    Returns the examples and counts of ``shortened`` prompts and ``dropped`` examples (those whose response
+    leaves no room for a prompt within ``max_length`` tokens).
+    """
+    examples, counts = [], {"shortened": 0, "dropped": 0}
+    for row in rows:
+        text = row["prompt"]
+        prompt, response = encode(tokenizer, text, row["response"])
+        excess = len(prompt) + len(response) - max_length
+        if excess > 0:
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            # Two to spare: cutting a token sequence can cost a token when the text is tokenised again.
+            if len(ids) - excess - 2 < 4:
+                counts["dropped"] += 1
+                continue
+            text = tokenizer.decode(ids[: len(ids) - excess - 2])
+            prompt, response = encode(tokenizer, text, row["response"])
+            counts["shortened"] += 1
+            if len(prompt) + len(response) > max_length:
+                counts["dropped"] += 1
+                continue
+        examples.append(Example(prompt, response, row["task"], row["prompt"]))
+    return examples, counts
+
+
+def hold_back(examples: Sequence[Example], per_task: int, seed: int) -> tuple[list[Example], list[Example]]:
+    """Split off ``per_task`` examples of every task, at most a fifth of it; no prompt is in both parts."""
+    chooser = random.Random(seed)
+    held: set[str] = set()
+    kept_back = []
+    for task in sorted({e.task for e in examples}):
+        by_text: dict[str, Example] = {}
+        for example in examples:
+            if example.task == task:
+                by_text.setdefault(example.text, example)
+        chosen = chooser.sample(sorted(by_text), max(1, min(per_task, len(by_text) // 5)))
+        held.update(chosen)
+        kept_back += [by_text[text] for text in chosen]
+    return [e for e in examples if e.text not in held], kept_back
+
+
+def collate(examples: Sequence[Example], pad: int = 0) -> dict[str, torch.Tensor]:
+    """Right-padded int64 [B, T]: input_ids, attention_mask, prompt_mask and labels (-100: no loss)."""
+    length = max(map(len, examples))
+    shape = (len(examples), length)
+    batch = {
+        "input_ids": torch.full(shape, pad),
+        "attention_mask": torch.zeros(shape, dtype=torch.long),
+        "prompt_mask": torch.zeros(shape, dtype=torch.long),
+        "labels": torch.full(shape, -100),
+    }
+    for row, example in enumerate(examples):
+        start, end = len(example.prompt), len(example)
+        batch["input_ids"][row, :end] = torch.tensor(example.prompt + example.response)
+        batch["attention_mask"][row, :end] = 1
+        batch["prompt_mask"][row, :start] = 1
+        batch["labels"][row, start:end] = torch.tensor(example.response)
+    return batch
+
+
+class MixedSampler(Sampler[int]):
+    """Every task equally often in each optimizer step; within a step, batches of similar length.
+
+    The small tasks repeat until the largest is through; the order is given by ``seed`` and the epoch.
+
+    Args:
+        examples: what to draw from.
+        batch: examples a forward pass, accumulation: passes an optimizer step.
+        limit: examples an epoch at most.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], batch: int, accumulation: int, seed: int, limit: int | None = None
+    ) -> None:
+        self.lengths = [len(e) for e in examples]
+        tasks: dict[str, list[int]] = {}
+        for index, example in enumerate(examples):
+            tasks.setdefault(example.task, []).append(index)
+        self.tasks = [tasks[task] for task in sorted(tasks)]
+        self.batch, self.step, self.seed = batch, batch * accumulation, seed
+        size = max(map(len, self.tasks)) * len(self.tasks)
+        self.size = max(1, min(size, limit or size) // self.step) * self.step
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        chooser = random.Random(f"{self.seed}/{self.epoch}")
+        queues: list[list[int]] = [[] for _ in self.tasks]
+        mixed = []
+        for position in range(self.size):
+            task = position % len(self.tasks)
+            if not queues[task]:
+                queues[task] = chooser.sample(self.tasks[task], len(self.tasks[task]))
+            mixed.append(queues[task].pop())
+        for start in range(0, self.size, self.step):
+            window = sorted(mixed[start : start + self.step], key=lambda i: self.lengths[i])
+            batches = [window[i : i + self.batch] for i in range(0, self.step, self.batch)]
+            chooser.shuffle(batches)
+            for batch in batches:
+                yield from batch

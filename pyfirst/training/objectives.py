@@ -1,0 +1,148 @@
+"""What is minimised, and how routers are started and steered. Equations use the notation of ``routers``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from pyfirst.training.data import Example, collate
+from pyfirst.training.routers import FirstModel, masked_mean, per_example
+
+
+def paper_loss(cross_entropy: torch.Tensor, scores: torch.Tensor, weight: float) -> torch.Tensor:
+    """The objective of FiRST's phase 1 (arXiv 2410.12513), with token-level soft gates in the forward pass.
+
+        h_(l+1)(t) = h_l(t) + score_l(t) * (layer_l(h_l)(t) - h_l(t))
+        loss       = CE + lambda * sum_l mean_t score_l(t)
+
+    Args:
+        cross_entropy: scalar.
+        scores: mean scores float32 [B, L] of the routed layers.
+        weight: lambda, 0.01 in the paper.
+    """
+    return cross_entropy + weight * scores.sum(1).mean()
+
+
+def hard_gate_loss(
+    cross_entropy: torch.Tensor, scores: torch.Tensor, target: float, weight: float
+) -> torch.Tensor:
+    """Cross-entropy under the hard masks, the routers reached by a straight-through gradient.
+
+        h_(l+1) = keep_l ? layer_l(h_l) : h_l        d keep_l / d mean score_l := 1
+        loss    = CE + weight * (mean_l mean score_l - target)^2
+
+    Under hard masks alone every score would only ever be told to rise. The budget itself is held by
+    ``steer``; the second term keeps scores and threshold from wandering off together into saturation.
+
+    Args:
+        cross_entropy: scalar.
+        scores: mean scores float32 [B, L] of the unprotected layers.
+        target: share of those layers to keep.
+        weight: of the second term.
+    """
+    return cross_entropy + weight * (scores.mean() - target).square()
+
+
+def steer(threshold: float, kept: float, target: float, rate: float = 0.02) -> float:
+    """threshold + rate * (kept - target), within [0.02, 0.98]: skip more when too much is kept."""
+    return min(max(threshold + rate * (kept - target), 0.02), 0.98)
+
+
+def distillation(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Mean KL(teacher || student) in nats per row of logits [N, V] (Hinton et al. 2015, temperature 1)."""
+    return torch.nn.functional.kl_div(
+        student.float().log_softmax(-1),
+        teacher.float().log_softmax(-1),
+        log_target=True,
+        reduction="batchmean",
+    )
+
+
+@torch.no_grad()
+def leave_one_out(
+    model: FirstModel, examples: Sequence[Example], batch_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How much each layer is worth to each example.
+
+    Returns:
+        deltas: float32 [N, L], cross-entropy (nats per response token) without layer l minus with all layers;
+            protected layers hold infinity.
+        features: float32 [N, L, D], mean over the deciding tokens of n(h_l) when every layer runs.
+    """
+    device = model.routers.weight.device
+    deltas, features = [], []
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].response))
+    for start in range(0, len(order), batch_size):
+        chosen = [examples[i] for i in order[start : start + batch_size]]
+        batch = {k: v.to(device) for k, v in collate(chosen).items()}
+        means: list[torch.Tensor] = []
+        prompt = batch["prompt_mask"].bool()
+
+        def record(_: Any, args: Any, kwargs: Any, prompt: Any = prompt, means: Any = means) -> None:
+            hidden = model.routers.normalise(args[0] if args else kwargs["hidden_states"])
+            means.append(masked_mean(hidden, prompt[..., None]))
+
+        hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in model.layers]
+        whole = per_example(model(**batch, dense=True), len(chosen))
+        for hook in hooks:
+            hook.remove()
+        features.append(torch.stack(means, 1))
+        cached = model.after_prompt(chosen) if model.prefill == "full" else None
+        delta = torch.full((len(chosen), model.block_count), torch.inf, device=device)
+        for layer in range(model.block_count):
+            if not model.protected[layer]:
+                keep = torch.ones(model.block_count, dtype=torch.bool, device=device)
+                keep[layer] = False
+                loss = cached(keep) if cached else per_example(model(**batch, keep=keep), len(chosen))
+                delta[:, layer] = loss - whole
+        deltas.append(delta)
+    back = torch.tensor(order).argsort()
+    return torch.cat(deltas)[back], torch.cat(features)[back]
+
+
+@torch.no_grad()
+def start_from(
+    model: FirstModel, deltas: torch.Tensor, features: torch.Tensor, keep: float, spread: float = 1.5
+) -> None:
+    """Start the routers from leave-one-out: the dearer a layer, the higher its score, per kind of prompt.
+
+        y_l(x) = clip((delta_l(x) - q) / s, -spread, spread)
+        w_l, b_l = ridge regression of y_l(x) on the mean features of x
+
+    q is the ``1 - keep`` quantile of all deltas and s the median distance to it, so that at a threshold of
+    0.5 about the wanted share of layers is kept. With a single kind of prompt this is a prior in the biases;
+    with several, the part of a layer's worth that the prompt foretells goes into the weights.
+
+    Args:
+        deltas, features: from ``leave_one_out``.
+        keep: share of the unprotected layers to keep.
+        spread: largest logit, small enough that training can still change every decision.
+    """
+    open_layers = (~model.protected).nonzero()[:, 0]
+    y = deltas[:, open_layers]
+    y = y - y.quantile(1 - keep)
+    y = (y / y.abs().median().clamp(min=1e-6)).clamp(-spread, spread)
+    for column, layer in enumerate(open_layers):
+        x, target = features[:, layer], y[:, column]
+        centre = x.mean(0)
+        gram = (x - centre) @ (x - centre).T
+        ridge = 0.1 * gram.diagonal().mean().clamp(min=1e-6)
+        dual = torch.linalg.solve(gram + ridge * torch.eye(len(x), device=x.device), target - target.mean())
+        model.routers.weight[layer] = (x - centre).T @ dual
+        model.routers.bias[layer] = target.mean() - model.routers.weight[layer] @ centre
+
+
+def router_parameters(model: FirstModel, rate: float) -> list[dict[str, Any]]:
+    """Optimizer groups for the routers, the weights' rate divided by sqrt(D).
+
+    Adam moves every weight by about its learning rate a step, so on normalised input of width D one step at
+    rate r moves a logit by up to r * D. Dividing the rate is the same as training v with
+    score = sigmoid(v . n(h) / sqrt(D) + b), while what is stored stays the plain w.
+    """
+    width = model.routers.weight.shape[1]
+    return [
+        {"params": [model.routers.weight], "lr": rate / width**0.5, "weight_decay": 0.0},
+        {"params": [model.routers.bias], "lr": rate, "weight_decay": 0.0},
+    ]

@@ -1,0 +1,256 @@
+"""One training phase on transformers' Trainer: what is trained, how the gates act, when to give up."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from pyfirst.errors import InputError
+from pyfirst.training import report
+from pyfirst.training.data import Example, MixedSampler, collate
+from pyfirst.training.objectives import hard_gate_loss, paper_loss, router_parameters, steer
+from pyfirst.training.routers import FirstModel
+
+# Non-finite steps in a row after which training is given up.
+BAD_STEPS = 5
+# Masks remembered to tell whether routing has collapsed.
+MEMORY = 500
+
+
+@dataclass
+class Phase:
+    """What a phase trains.
+
+    Attributes:
+        name, steps: of the phase; optimizer steps.
+        routers, lora: which parameters learn.
+        dense: every layer runs.
+        soft: the paper's token-level gates and loss.
+    """
+
+    name: str
+    steps: int
+    routers: bool = False
+    lora: bool = False
+    dense: bool = False
+    soft: bool = False
+
+
+class PhaseTrainer(Trainer):
+    """Trainer with the losses of ``objectives`` and batches of ``MixedSampler``."""
+
+    def __init__(
+        self, model: FirstModel, phase: Phase, options: argparse.Namespace, target: float, **kwargs: Any
+    ) -> None:
+        super().__init__(model=model, **kwargs)
+        self.first, self.phase, self.options, self.target = model, phase, options, target
+        self.kept: list[float] = []
+        self.losses: list[float] = []
+        self.masks: deque[tuple[bool, ...]] = deque(maxlen=MEMORY)
+        self.bad = 0
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> MixedSampler:
+        args = self.args
+        return MixedSampler(
+            self.train_dataset,  # type: ignore[arg-type]
+            args.per_device_train_batch_size * args.world_size,
+            args.gradient_accumulation_steps,
+            args.seed,
+        )
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        groups: list[dict[str, Any]] = []
+        if self.phase.routers:
+            groups += router_parameters(self.first, self.options.router_lr)
+        if self.phase.lora:
+            lora = [p for n, p in self.first.named_parameters() if "lora_" in n]
+            groups.append({"params": lora, "lr": self.options.lr, "weight_decay": 0.0})
+        self.optimizer = torch.optim.AdamW(groups)
+        return self.optimizer
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        first = self.first
+        output = model(**inputs, dense=self.phase.dense)
+        loss = output["loss"]
+        free = ~first.protected
+        if not self.phase.dense:
+            keep = output["keep"][:, free]
+            self.kept.append(float(keep.float().mean()))
+            self.masks.extend(map(tuple, output["keep"].tolist()))
+            if self.phase.soft:
+                loss = paper_loss(loss, output["scores"][:, free], self.options.penalty)
+            elif self.phase.routers:
+                loss = hard_gate_loss(loss, output["scores"][:, free], self.target, weight=1.0)
+        self.losses.append(float(output["loss"].detach()))
+        return (loss, output) if return_outputs else loss
+
+
+class Watch(TrainerCallback):
+    """Steers the threshold, guards against values that are not finite, and tells how it goes."""
+
+    def __init__(self) -> None:
+        self.trainer: PhaseTrainer
+        self.started = time.monotonic()
+        self.log: list[dict[str, float]] = []
+        self.recent: list[tuple[float, float]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        parameters = [p for p in trainer.first.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not bool(torch.isfinite(norm)):
+            for parameter in parameters:
+                parameter.grad = None  # the optimizer passes over it
+            trainer.bad += 1
+            report.say(f"step {state.global_step + 1}: gradients are not finite, step left out")
+            if trainer.bad >= BAD_STEPS:
+                raise InputError(
+                    f"loss or gradients were not finite in {BAD_STEPS} steps in a row; nothing was written, "
+                    "try a lower --lr or --router-lr, or train without --bf16"
+                )
+            return
+        trainer.bad = 0
+        # The routers' gradients have another scale; together they would drown the LoRA's.
+        lora = [p for n, p in trainer.first.named_parameters() if "lora_" in n and p.grad is not None]
+        if lora:
+            torch.nn.utils.clip_grad_norm_(lora, 1.0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        numbers = torch.tensor(
+            [
+                sum(trainer.losses) / max(len(trainer.losses), 1),
+                sum(trainer.kept) / len(trainer.kept) if trainer.kept else 1.0,
+            ],
+            device=args.device,
+        )
+        loss, kept = trainer.accelerator.reduce(numbers, "mean").tolist()
+        trainer.losses.clear()
+        trainer.kept.clear()
+        first, phase = trainer.first, trainer.phase
+        if phase.routers and not phase.soft:
+            first.threshold.fill_(steer(float(first.threshold), kept, trainer.target))
+        self.recent.append((loss, kept))
+        if state.global_step % max(1, min(10, phase.steps // 5)) == 0 or state.global_step == phase.steps:
+            loss = sum(x for x, _ in self.recent) / len(self.recent)
+            share = sum(x for _, x in self.recent) / len(self.recent)
+            share = 1 - (1 - share) * float((~first.protected).float().mean())
+            self.recent.clear()
+            entry = {"step": state.global_step, "loss": round(loss, 4), "kept": round(share, 4)}
+            line = f"{phase.name} {state.global_step}/{phase.steps}  loss {loss:.3f}"
+            if not phase.dense:
+                entry["threshold"] = round(float(first.threshold), 4)
+                line += f"  kept {share:.0%}  threshold {entry['threshold']:.3f}"
+                line += f"  masks {len(set(trainer.masks))} of {len(trainer.masks)}"
+            self.log.append(entry)
+            report.say(f"{line}  {time.monotonic() - self.started:.0f} s")
+
+
+def run_phase(
+    model: FirstModel,
+    phase: Phase,
+    examples: Sequence[Example],
+    options: argparse.Namespace,
+    target: float,
+    seed: int,
+    prepare: Callable[[], None],
+    work: Path,
+) -> dict[str, Any]:
+    """Train one phase in place; ``prepare`` runs before it, but not again when resuming.
+
+    Finished phases and checkpoints lie under ``work``. ``target`` is the share of unprotected layers to keep.
+    Returns a record: name, steps, log lines, per-layer share kept near the end and warnings.
+    """
+    done = work / f"{phase.name}.safetensors"
+    folder = work / phase.name
+    checkpoint = get_last_checkpoint(str(folder)) if options.resume and folder.is_dir() else None
+    if options.resume and done.is_file():
+        model.load_state_dict(load_file(done))
+        report.say(f"{phase.name}: done before")
+        return {"name": phase.name, "steps": phase.steps, "warnings": []}
+    if checkpoint is None:
+        prepare()
+    model.gate = "soft" if phase.soft else "hard"
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(
+            phase.routers if name.startswith("routers.") else phase.lora and "lora_" in name
+        )
+    watch = Watch()
+    trainer = PhaseTrainer(
+        model,
+        phase,
+        options,
+        target,
+        args=TrainingArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=options.batch_size,
+            gradient_accumulation_steps=options.grad_accum,
+            max_steps=phase.steps,
+            learning_rate=options.lr,
+            lr_scheduler_type="constant_with_warmup" if phase.dense else "cosine",
+            warmup_steps=min(10, phase.steps // 10),
+            max_grad_norm=0,
+            logging_strategy="no",
+            save_strategy="steps" if options.save_steps else "no",
+            save_steps=options.save_steps or 500,
+            save_total_limit=2,
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            use_cpu=not torch.cuda.is_available(),
+            dataloader_pin_memory=False,
+            ddp_find_unused_parameters=True,
+            seed=seed,
+        ),
+        train_dataset=list(examples),
+        data_collator=collate,
+        callbacks=[watch],
+    )
+    watch.trainer = trainer
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
+            trainer.remove_callback(type(callback))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    model.eval()
+    model.gate = "hard"
+    warnings = collapse(trainer.masks, model) if phase.routers and not phase.soft else []
+    if trainer.args.should_save:
+        work.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, done)
+    record: dict[str, Any] = {
+        "name": phase.name,
+        "steps": phase.steps,
+        "log": watch.log,
+        "warnings": warnings,
+    }
+    if trainer.masks:
+        shares = torch.tensor(list(trainer.masks)).float().mean(0)
+        record["layer_kept"] = [round(x, 3) for x in shares.tolist()]
+    return record
+
+
+def collapse(masks: Sequence[tuple[bool, ...]], model: FirstModel) -> list[str]:
+    """What is wrong with the masks of the last steps, in words."""
+    if len(masks) < 20:
+        return []
+    free = torch.tensor(list(masks))[:, ~model.protected.cpu()]
+    if bool(free.all()):
+        return ["routing collapsed: no layer was skipped in the last steps"]
+    if not bool(free.any()):
+        return ["routing collapsed: every unprotected layer was skipped in the last steps"]
+    if len(set(masks)) == 1:
+        return ["routing collapsed: every prompt got the same mask in the last steps"]
+    return []

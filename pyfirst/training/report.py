@@ -1,0 +1,232 @@
+"""What first-train measures on held-back examples and how it tells: log, calibration, model card."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from pyfirst.recipe import FirstConfig
+from pyfirst.training.data import Example, collate
+from pyfirst.training.routers import FirstModel, per_example
+
+# Options that say where things lie, not how the recipe was made.
+PRIVATE = (
+    "model",
+    "data",
+    "out",
+    "force",
+    "verbose",
+    "resume",
+    "recipe",
+    "save_steps",
+    "data_note",
+    "base_name",
+)
+CALIBRATION_POINTS = 21
+
+
+def say(text: str) -> None:
+    """One line on stderr, from the first process only."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def batches(
+    examples: Sequence[Example], size: int, device: Any
+) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """Indices and tensors of batches of similar length."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
+        yield chosen, {k: v.to(device) for k, v in collate([examples[i] for i in chosen]).items()}
+
+
+@torch.no_grad()
+def losses(
+    model: FirstModel, examples: Sequence[Example], batch_size: int, dense: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cross-entropy float32 [N] of each example's response, masks bool [N, L], mean scores float32 [N, L]."""
+    loss = torch.zeros(len(examples))
+    keep = torch.ones(len(examples), model.block_count, dtype=torch.bool)
+    scores = torch.zeros(len(examples), model.block_count)
+    for chosen, batch in batches(examples, batch_size, model.routers.weight.device):
+        output = model(**batch, dense=dense)
+        loss[chosen] = per_example(output, len(chosen)).cpu()
+        keep[chosen] = output["keep"].cpu()
+        if not dense:
+            scores[chosen] = output["scores"].cpu()
+    return loss, keep, scores
+
+
+def kept_share(model: FirstModel, held: Sequence[Example], batch_size: int, threshold: float) -> float:
+    """Mean share of all layers kept at ``threshold``."""
+    before = float(model.threshold)
+    model.threshold.fill_(threshold)
+    keep = losses(model, held, batch_size)[1]
+    model.threshold.fill_(before)
+    return float(keep.float().mean())
+
+
+def candidates(
+    model: FirstModel, held: Sequence[Example], batch_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sorted scores [K] of the unprotected layers, and all of them [N, L]."""
+    scores = losses(model, held, batch_size)[2]
+    return scores[:, ~model.protected.cpu()].flatten().sort().values, scores
+
+
+def threshold_for(model: FirstModel, held: Sequence[Example], batch_size: int, skip: float) -> float:
+    """The threshold at which the held-back prompts skip about the share ``skip`` of all layers."""
+    ordered, _ = candidates(model, held, batch_size)
+    if len(ordered) == 0:
+        return float(model.threshold)
+
+    if model.prefill == "full":  # scores do not depend on the masks
+        share = skip * model.block_count / int((~model.protected).sum())
+        place = min(max(round(share * len(ordered)), 0), len(ordered) - 1)
+        # Between two scores, so that rounding elsewhere does not turn a decision over.
+        return float((ordered[max(place - 1, 0)] + ordered[place]) / 2)
+    low, high = float(ordered[0]), float(ordered[-1])
+    for _ in range(8):
+        middle = (low + high) / 2
+        if 1 - kept_share(model, held, batch_size, middle) < skip:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def calibration(model: FirstModel, held: Sequence[Example], batch_size: int) -> dict[str, list[float]]:
+    """Rising thresholds and the mean share of all layers kept at each, on the held-back prompts."""
+    ordered, scores = candidates(model, held, batch_size)
+    if len(ordered) == 0:
+        return {"threshold": [], "kept": []}
+    points = 9 if model.prefill == "skip" else CALIBRATION_POINTS
+    places = torch.linspace(0, len(ordered) - 1, points).round().long()
+    thresholds = sorted({round(float(ordered[i]), 6) for i in places} | {float(model.threshold)})
+    if model.prefill == "full":
+        protected = model.protected.cpu()
+        kept = [float(((scores >= t) | protected).float().mean()) for t in thresholds]
+    else:
+        kept = [kept_share(model, held, batch_size, t) for t in thresholds]
+    return {"threshold": thresholds, "kept": [round(k, 5) for k in kept]}
+
+
+def measure(model: FirstModel, held: Sequence[Example], batch_size: int) -> dict[str, Any]:
+    """Cross-entropies, share skipped and diversity of the masks, over all held-back examples and by task."""
+    adapted = hasattr(model.base, "disable_adapter")
+    with model.base.disable_adapter() if adapted else contextlib.nullcontext():
+        base = losses(model, held, batch_size, dense=True)[0]
+    dense = losses(model, held, batch_size, dense=True)[0] if adapted else None
+    routed, keep, _ = losses(model, held, batch_size)
+    tasks = sorted({e.task for e in held})
+    rows = {t: torch.tensor([e.task == t for e in held]) for t in tasks}
+
+    def entry(which: torch.Tensor) -> dict[str, Any]:
+        result: dict[str, Any] = {"examples": int(which.sum()), "base": round(float(base[which].mean()), 4)}
+        if dense is not None:
+            result["dense_lora"] = round(float(dense[which].mean()), 4)
+        result["routed"] = round(float(routed[which].mean()), 4)
+        result["skipped"] = round(1 - float(keep[which].float().mean()), 4)
+        masks = Counter(map(tuple, keep[which].tolist()))
+        result["masks"] = len(masks)
+        return result
+
+    result = entry(torch.ones(len(held), dtype=torch.bool))
+    if len(tasks) > 1:
+        result["tasks"] = {t: entry(rows[t]) for t in tasks}
+        centres = torch.stack([keep[rows[t]].float().mean(0) for t in tasks])
+        guess = torch.cdist(keep.float(), centres).argmin(1)
+        right = [tasks[int(g)] == e.task for g, e in zip(guess, held, strict=True)]
+        result["task_from_mask"] = round(sum(right) / len(right), 4)
+        modal = torch.tensor(
+            [Counter(map(tuple, keep[rows[t]].tolist())).most_common(1)[0][0] for t in tasks]
+        )
+        pairs = [(i, j) for i in range(len(tasks)) for j in range(i)]
+        result["layers_that_differ"] = round(
+            sum(float((modal[i] != modal[j]).float().mean()) for i, j in pairs) / len(pairs), 4
+        )
+        result["modal_masks"] = {
+            t: "".join("#" if k else "." for k in modal[i].tolist()) for i, t in enumerate(tasks)
+        }
+    return result
+
+
+def leave_one_out_table(sample: Sequence[Example], deltas: torch.Tensor) -> None:
+    """Say by task what each layer's absence costs."""
+    for task in sorted({e.task for e in sample}):
+        rows = torch.tensor([e.task == task for e in sample])
+        mean = deltas[rows].mean(0).tolist()
+        say(f"  {task}: " + " ".join("  -- " if m == float("inf") else f"{m:5.2f}" for m in mean))
+
+
+def options(args: argparse.Namespace, known: argparse.ArgumentParser) -> dict[str, Any]:
+    """The options that made the recipe, without paths."""
+    names = [action.dest for action in known._actions if action.dest not in (*PRIVATE, "help")]
+    return {name: getattr(args, name) for name in names}
+
+
+def summary(results: dict[str, Any]) -> str:
+    """The outcome in one line."""
+    parts = [f"cross-entropy base {results['base']:.3f}"]
+    if "dense_lora" in results:
+        parts.append(f"with LoRA {results['dense_lora']:.3f}")
+    parts.append(f"routed {results['routed']:.3f}")
+    return ", ".join(parts) + f"; {results['skipped']:.1%} of the layers skipped, {results['masks']} masks"
+
+
+def card(config: FirstConfig, args: argparse.Namespace) -> str:
+    """README.md of the recipe, with the front matter that model hubs read."""
+    results = config.training["held_back"]
+    front = [f"base_model: {config.base_model}", "tags: [first, layer-skipping]"]
+    if args.base_license:
+        front.insert(0, f"license: {args.base_license}")
+    lines = ["---", *front, "---", "", f"# FiRST recipe for {config.base_model}", ""]
+    lora = f" and a LoRA of rank {args.lora_r}" if args.phase != "routers" else ""
+    lines += [
+        f"Routers for {config.block_count} layers of width {config.embedding_length}{lora}.",
+        f"About {results['skipped']:.0%} of the layers are skipped for each prompt. Written by `first-train`;",
+        "`first-convert` turns base model and recipe into a GGUF.",
+        "",
+        f"- prefill: `{config.prefill}`, threshold {config.threshold:.4f}, router norm `{config.router_norm}`, "
+        f"never skipped: {', '.join(map(str, config.protected)) or 'none'}",
+        f"- trained on: {config.training['drawn']} examples drawn from "
+        + ", ".join(f"{count} {task}" for task, count in config.training["data"].items()),
+    ]
+    lines += [f"- data: {note}" for note in args.data_note]
+    lines += ["", "Mean cross-entropy in nats per response token on held-back examples:", ""]
+    columns = ["base", "dense_lora", "routed"] if "dense_lora" in results else ["base", "routed"]
+    names = {"base": "base, all layers", "dense_lora": "LoRA, all layers", "routed": "routed"}
+    lines.append(
+        "| | examples | " + " | ".join(names[c] for c in columns) + " | layers skipped | distinct masks |"
+    )
+    lines.append("|---|---|" + "---|" * (len(columns) + 2))
+    for name, row in [("all", results), *results.get("tasks", {}).items()]:
+        cells = " | ".join(f"{row[c]:.3f}" for c in columns)
+        lines.append(f"| {name} | {row['examples']} | {cells} | {row['skipped']:.1%} | {row['masks']} |")
+    if "task_from_mask" in results:
+        lines += [
+            "",
+            f"The nearest mean mask names the task of {results['task_from_mask']:.0%} of the prompts;",
+            f"the most common masks of two tasks differ in {results['layers_that_differ']:.0%} of the layers.",
+            "Layers kept (`#`) and skipped (`.`):",
+            "",
+            *(f"    {mask}  {task}" for task, mask in results["modal_masks"].items()),
+        ]
+    for warning in config.training["warnings"]:
+        lines += ["", f"Warning: {warning}."]
+    options = {**config.training["options"], "steps": config.training["steps"]}
+    shown = " ".join(
+        f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+        for name, value in options.items()
+        if value not in (None, False, "")
+    )
+    lines += ["", "Options of first-train:", "", f"    {shown}", ""]
+    return "\n".join(lines)

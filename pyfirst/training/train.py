@@ -1,0 +1,350 @@
+"""first-train: task files and a Hugging Face model in, a recipe directory out."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import math
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pyfirst.cli.common import parser, run
+from pyfirst.errors import InputError
+from pyfirst.metadata import NORMS, PREFILL_MODES
+from pyfirst.recipe import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, FirstConfig, load_recipe, save_recipe
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of first-train."""
+    result = parser(
+        "first-train",
+        "Train FiRST routers and a LoRA for a causal language model and write a recipe directory.",
+        "first-train -m SmolLM2-135M-Instruct --data tasks.jsonl --out my-recipe --steps 400 --bf16",
+    )
+    add = result.add_argument
+    add("-m", "--model", required=True, metavar="DIR", help="Hugging Face model directory (or hub name)")
+    add(
+        "--data", required=True, nargs="+", metavar="FILE", help='JSON lines {"prompt", "response"[, "task"]}'
+    )
+    add("--out", required=True, metavar="DIR", help="recipe directory to write")
+    add("--force", action="store_true", help="replace the recipe in --out")
+    add("--phase", choices=("both", "routers", "lora"), default="both", help="what to train (default: both)")
+    add("--recipe", metavar="DIR", help="with --phase lora: the recipe whose routers stay as they are")
+    add("--objective", choices=("default", "paper"), default="default", help="see docs/training.md")
+    length = result.add_mutually_exclusive_group()
+    length.add_argument(
+        "--steps", type=int, help="optimizer steps of all phases together (default: one epoch)"
+    )
+    length.add_argument("--epochs", type=float, help="passes over the data of all phases together")
+    add("--batch-size", type=int, default=4, help="examples a forward pass (default: 4)")
+    add("--grad-accum", type=int, default=4, help="forward passes an optimizer step (default: 4)")
+    add("--lr", type=float, default=1e-3, help="learning rate of the LoRA (default: 1e-3)")
+    add("--router-lr", type=float, default=5e-3, help="learning rate of the routers (default: 5e-3)")
+    add("--lora-r", type=int, default=8, help="rank (default: 8)")
+    add("--lora-alpha", type=float, help="scale (default: twice the rank)")
+    add("--lora-targets", default="all-linear", help="module names, comma-separated (default: all-linear)")
+    add("--target-skip", type=float, default=0.25, help="share of all layers to skip (default: 0.25)")
+    add("--protect", default="0,last", help="layers never skipped, or none (default: 0,last)")
+    add(
+        "--prefill",
+        choices=PREFILL_MODES,
+        default="full",
+        help="does the prompt skip too? (default: full, no)",
+    )
+    add(
+        "--window",
+        type=int,
+        default=512,
+        help="with --prefill skip: prompt tokens that decide (default: 512)",
+    )
+    add("--router-norm", choices=NORMS, default="rms", help="normalisation before the router (default: rms)")
+    add("--penalty", type=float, default=0.01, help="lambda of --objective paper (default: 0.01)")
+    add(
+        "--max-length", type=int, default=512, help="tokens an example; longer prompts are cut (default: 512)"
+    )
+    add("--hold-back", type=int, default=32, help="examples a task kept from training (default: 32)")
+    add("--prior-examples", type=int, default=16, help="examples a task for leave-one-out (default: 16)")
+    add("--seed", type=int, default=1, help="of data order and initial LoRA (default: 1)")
+    add("--bf16", action="store_true", help="base model in bfloat16; routers stay float32")
+    add("--save-steps", type=int, default=0, help="checkpoint every so many steps (default: each phase only)")
+    add("--resume", action="store_true", help="go on from the checkpoints of an interrupted run")
+    add("--base-name", help="name of the base model for the card (default: the directory's)")
+    add("--base-license", default="", help="licence of the base model for the card, such as apache-2.0")
+    add("--data-note", action="append", default=[], help="credit and licence of a data set for the card")
+    return result
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse impossible options before anything is loaded. Raises InputError."""
+    for option in ("batch_size", "grad_accum", "lora_r", "window", "hold_back", "prior_examples"):
+        if getattr(args, option) < 1:
+            raise InputError(f"--{option.replace('_', '-')} is {getattr(args, option)}, expected at least 1")
+    if args.steps is not None and args.steps < 1:
+        raise InputError(f"--steps is {args.steps}, expected at least 1")
+    if args.max_length < 16:
+        raise InputError(f"--max-length is {args.max_length}, expected at least 16 tokens")
+    for option in ("lr", "router_lr"):
+        if not (getattr(args, option) > 0 and math.isfinite(getattr(args, option))):
+            raise InputError(
+                f"--{option.replace('_', '-')} is {getattr(args, option)}, expected a positive number"
+            )
+    if not 0 <= args.target_skip < 1:
+        raise InputError(
+            f"--target-skip is {args.target_skip}, expected a share from 0 to below 1, such as 0.25"
+        )
+    if args.phase == "lora" and not args.recipe:
+        raise InputError("--phase lora needs --recipe DIR, the recipe with the routers to keep")
+    out = Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not args.force:
+        raise InputError(f"{out}: exists and is not empty; choose another --out or add --force")
+
+
+def protected_layers(text: str, count: int) -> list[int]:
+    """Layer indices of ``--protect``: numbers, ``last`` or ``none``. Raises InputError."""
+    if text.strip() in ("none", ""):
+        return []
+    result = set()
+    for part in text.split(","):
+        part = part.strip()
+        if part != "last" and not (part.isdecimal() and int(part) < count):
+            raise InputError(f"--protect names layer '{part}', expected 0 to {count - 1}, last or none")
+        result.add(count - 1 if part == "last" else int(part))
+    return sorted(result)
+
+
+def load_model(name: str, bf16: bool) -> tuple[Any, Any]:
+    """Model and tokenizer of a local directory or hub name. Raises InputError."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        if (path / ADAPTER_CONFIG_NAME).is_file():
+            raise InputError(f"{path}: an adapter, not a model; -m takes the base model's directory")
+        raise InputError(f"{path}: no config.json; expected a Hugging Face model directory")
+    if not path.is_dir() and (path.exists() or name.count("/") != 1 or name.startswith((".", "/"))):
+        raise InputError(f"{path}: no such directory; expected a Hugging Face model directory")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if bf16 else torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{name}: cannot be loaded as a causal language model ({error})") from error
+    return model.eval(), tokenizer
+
+
+def train(args: argparse.Namespace) -> Path:
+    """Train as the options of ``build_parser`` say; returns the recipe directory.
+
+    Raises InputError for wrong input and when training does not stay finite. The recipe in ``--out`` is only
+    replaced by a complete new one.
+    """
+    check(args)
+    # Imported late: they take seconds, which --help and a wrong option need not wait for.
+    import torch
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    from pyfirst.training import report
+    from pyfirst.training.data import hold_back, load_examples, read_jsonl
+    from pyfirst.training.objectives import leave_one_out, start_from
+    from pyfirst.training.phases import Phase, run_phase
+    from pyfirst.training.routers import FirstModel, Routers
+
+    if not args.verbose:
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        logging.getLogger("accelerate").setLevel(logging.ERROR)
+    started = time.monotonic()
+    rows = [row for file in args.data for row in read_jsonl(file)]
+    earlier = load_recipe(args.recipe) if args.recipe else None
+    base, tokenizer = load_model(args.model, args.bf16)
+    base.requires_grad_(False)
+    transformers.set_seed(args.seed)
+    text_config = base.config.get_text_config()
+    count, width = text_config.num_hidden_layers, text_config.hidden_size
+    if earlier and (earlier.config.block_count, earlier.config.embedding_length) != (count, width):
+        raise InputError(
+            f"{args.recipe}: routers for {earlier.config.block_count} layers of width "
+            f"{earlier.config.embedding_length}, the model has {count} of width {width}"
+        )
+    config = (
+        copy.deepcopy(earlier.config)
+        if earlier
+        else FirstConfig(
+            count,
+            width,
+            router_norm=args.router_norm,
+            prefill=args.prefill,
+            window=args.window,
+            protected=protected_layers(args.protect, count),
+        )
+    )
+    config.base_model = args.base_name or Path(args.model).name
+    unprotected = count - len(config.protected)
+    target_keep = 1 - args.target_skip * count / max(unprotected, 1)
+    if target_keep < 0:
+        raise InputError(
+            f"--target-skip {args.target_skip}: only {unprotected} of {count} layers are unprotected"
+        )
+
+    examples, counts = load_examples(rows, tokenizer, args.max_length)
+    if counts["shortened"] or counts["dropped"]:
+        report.say(
+            f"{counts['shortened']} prompts shortened and {counts['dropped']} examples dropped "
+            f"of {len(rows)} to fit --max-length {args.max_length}"
+        )
+    if len(examples) < 2:
+        raise InputError(f"{args.data[0]}: {len(examples)} usable examples, training needs at least 2")
+    training, held = hold_back(examples, args.hold_back, args.seed)
+    if not training:
+        raise InputError(f"{args.data[0]}: every example has the same prompt; nothing is left to train on")
+    per_step = args.batch_size * args.grad_accum
+    steps = args.steps or max(1, round((args.epochs or 1) * len(training) / per_step))
+
+    if args.phase != "routers":
+        targets = args.lora_targets if args.lora_targets == "all-linear" else args.lora_targets.split(",")
+        lora = LoraConfig(
+            r=args.lora_r,
+            lora_alpha=args.lora_alpha or 2 * args.lora_r,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+        )
+        base = get_peft_model(base, lora)
+        # What a user's disk is called is nobody's business.
+        base.peft_config["default"].base_model_name_or_path = config.base_model
+    routers = Routers(count, width, config.router_norm)
+    if earlier:
+        with torch.no_grad():
+            routers.weight.copy_(torch.from_numpy(earlier.weight))
+            routers.bias.copy_(torch.from_numpy(earlier.bias))
+    model = FirstModel(base, routers, config.threshold, config.prefill, config.window, config.protected)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def prior() -> None:
+        sample = hold_back(training, args.prior_examples, args.seed + 1)[1]
+        report.say(f"leave-one-out over {len(sample)} examples, {unprotected} layers")
+        deltas, features = leave_one_out(model, sample, args.batch_size)
+        if not torch.isfinite(features).all() or deltas.isnan().any():
+            raise InputError(
+                "the model gives values that are not finite; train without --bf16 or check its weights"
+            )
+        start_from(model, deltas, features, target_keep)
+        report.leave_one_out_table(sample, deltas)
+
+    def fit_threshold() -> None:
+        if args.objective != "paper" or earlier:
+            model.threshold.fill_(report.threshold_for(model, held, args.batch_size, args.target_skip))
+
+    def nothing() -> None:
+        """No preparation."""
+
+    phases: list[tuple[Callable[[], None], Phase]]
+    if args.phase == "lora":
+        phases = [(nothing, Phase("lora", steps, lora=True))]
+    elif args.objective == "paper":
+        share = steps if args.phase == "routers" else max(1, steps // 2)
+        phases = [(nothing, Phase("routers", share, routers=True, soft=True))]
+        if args.phase == "both":
+            phases.append((nothing, Phase("lora", max(1, steps - share), lora=True)))
+    elif args.phase == "routers":
+        phases = [(prior, Phase("routers", steps, routers=True))]
+    else:
+        warm, joint = max(1, steps // 5), max(1, 2 * steps // 5)
+        phases = [
+            (nothing, Phase("warm-up", warm, lora=True, dense=True)),
+            (prior, Phase("joint", joint, routers=True, lora=True)),
+            (fit_threshold, Phase("lora", max(1, steps - warm - joint), lora=True)),
+        ]
+    out = Path(args.out)
+    work = out.parent / f".{out.name}.work"
+    if not args.resume:
+        shutil.rmtree(work, ignore_errors=True)
+    history = []
+    for number, (prepare, phase) in enumerate(phases):
+        history.append(
+            run_phase(model, phase, training, args, target_keep, args.seed + number, prepare, work)
+        )
+
+    with torch.no_grad():  # what is measured from here on is what is stored
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(parameter.half().to(parameter.dtype))
+    if args.objective != "paper" and args.phase != "lora":
+        fit_threshold()
+    config.threshold = float(model.threshold)
+    report.say(f"measuring on {len(held)} held-back examples")
+    results = report.measure(model, held, args.batch_size)
+    config.calibration = report.calibration(model, held, args.batch_size)
+    results["seconds"] = round(time.monotonic() - started)
+    warnings = [w for entry in history for w in entry.pop("warnings")]
+    if abs(results["skipped"] - args.target_skip) > 0.05:
+        warnings.append(
+            f"skips {results['skipped']:.0%} of the layers, the target was {args.target_skip:.0%}"
+        )
+    config.training = {
+        "options": report.options(args, build_parser()),
+        "steps": steps,
+        "drawn": steps * per_step,
+        "data": {task: sum(e.task == task for e in training) for task in sorted({e.task for e in training})},
+        "truncation": counts,
+        "phases": history,
+        "held_back": results,
+        "warnings": warnings,
+    }
+    if int(os.environ.get("RANK", "0")) == 0:
+        write(out, model, config, args)
+        shutil.rmtree(work, ignore_errors=True)
+    for warning in warnings:
+        report.say(f"warning: {warning}")
+    report.say(report.summary(results) + f"; wrote {out}")
+    return out
+
+
+def write(out: Path, model: Any, config: FirstConfig, args: argparse.Namespace) -> None:
+    """Write the whole recipe beside ``out``, then put it in place of what is there."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from pyfirst.training import report
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        new = Path(folder) / "new"
+        if args.phase != "routers":
+            model.base.save_pretrained(new)
+            path = new / ADAPTER_WEIGHTS_NAME
+            tensors = {name: tensor.half() for name, tensor in load_file(path).items()}
+            bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+            if bad:
+                raise InputError(
+                    f"the trained LoRA is not finite ({bad[0]}); nothing written, try a lower --lr"
+                )
+            save_file(tensors, path, metadata={"format": "pt"})
+        routers = model.routers
+        save_recipe(new, config, routers.weight.detach().cpu().numpy(), routers.bias.detach().cpu().numpy())
+        (new / "README.md").write_text(report.card(config, args), encoding="utf-8")
+        old = Path(folder) / "old"
+        if out.exists():
+            out.rename(old)
+        try:
+            new.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry; returns the exit code."""
+    return run(build_parser, train, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
