@@ -70,11 +70,16 @@ def _size(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
+def _utf8(path: str | Path | None) -> str | None:
+    """A path for a child process, which runs in UTF-8 mode whatever the locale here is."""
+    return None if path is None else os.fsencode(os.path.abspath(path)).decode("utf-8", "surrogateescape")
+
+
 def _child(module: str, job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Run ``python -m module job.json`` and return its answer. Raises InputError with the child's line."""
     request, result = folder / "job.json", folder / "result.json"
     result.unlink(missing_ok=True)
-    request.write_text(json.dumps({**job, "result": str(result)}), encoding="utf-8")
+    request.write_text(json.dumps({**job, "result": _utf8(result)}), encoding="utf-8")
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
@@ -339,12 +344,12 @@ def convert(
         answer = _child(
             "first_convert.child",
             {
-                "model": str(checkpoint.path.absolute()),
-                "outfile": str(stage),
+                "model": _utf8(checkpoint.path),
+                "outfile": _utf8(stage),
                 "outtype": middle,
                 "pre_tokenizer": pre_tokenizer,
-                "recipe": str(Path(first).absolute()) if first else None,
-                "lora": str(adapter.absolute()) if adapter else None,
+                "recipe": _utf8(first),
+                "lora": _utf8(adapter),
                 "drop": [duplicate] if duplicate else [],
                 "base_model": _base_model(adapter),
                 "verbose": verbose,
@@ -366,8 +371,8 @@ def convert(
         if not direct:
             _say(f"quantising to {kind}")
             result = folder / "quantised.gguf"
-            job = {"source": str(stage), "out": str(result), "kind": kind, "threads": threads}
-            job["imatrix"] = str(Path(imatrix).absolute()) if imatrix else None
+            job = {"source": _utf8(stage), "out": _utf8(result), "kind": kind, "threads": threads}
+            job["imatrix"] = _utf8(imatrix)
             fallbacks = _child("first_convert.quantize", job, folder)["fallbacks"]
             pack.open_gguf(result)  # native code does not see a disk that fills up
             stage.unlink()

@@ -104,10 +104,10 @@ def load_adapter(directory: Path) -> dict[str, torch.Tensor]:
     """Tensors of an adapter in float32 by key. Raises InputError for a short file or values not finite."""
     path = directory / ADAPTER_WEIGHTS_NAME
     if path.is_file():
-        from safetensors.torch import load_file
+        from safetensors.torch import load
 
         safetensors_header(path)
-        tensors = load_file(path)
+        tensors = load(path.read_bytes())  # safetensors' own open takes only UTF-8 paths
     elif (directory / "adapter_model.bin").is_file():
         path = directory / "adapter_model.bin"
         try:

@@ -83,6 +83,7 @@ def gguf() -> Any:
     return _ours["gguf"]
 
 
+_forced: list[str] = []  # the pre-tokenizer that the user names
 by_rules: list[str] = []  # pre-tokenizers that upstream did not know in this process
 
 
@@ -114,7 +115,7 @@ def complete_hparams(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def extend(base: Any, pre_tokenizer: str | None = None) -> None:
+def _extend(base: Any) -> None:
     """Teach upstream's ``conversion.base`` module what it lacks (see the module's docstring)."""
     load_hparams, by_hash = base.ModelBase.load_hparams, base.TextModel.get_vocab_base_pre
 
@@ -122,8 +123,8 @@ def extend(base: Any, pre_tokenizer: str | None = None) -> None:
         return complete_hparams(load_hparams(*args, **kwargs))
 
     def get_vocab_base_pre(self: Any, tokenizer: Any) -> str:
-        if pre_tokenizer is not None:
-            return pre_tokenizer
+        if _forced:
+            return _forced[0]
         logging.getLogger("hf-to-gguf").setLevel(logging.ERROR)  # its banner of advice is for its developers
         try:
             return by_hash(self, tokenizer)
@@ -151,7 +152,8 @@ def convert_hf_to_gguf(argv: list[str], pre_tokenizer: str | None = None, prepar
         import convert_hf_to_gguf as module
 
         if fresh:
-            extend(conversion.base, pre_tokenizer)
+            _extend(conversion.base)
+        _forced[:] = [pre_tokenizer] if pre_tokenizer else []
         if prepare is not None:
             prepare(conversion.base)
         saved, sys.argv = sys.argv, ["convert_hf_to_gguf.py", *argv]

@@ -1,0 +1,98 @@
+"""Routers into and out of an existing GGUF."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+
+from first_convert import convert, pack, quantize
+from pyfirst import metadata as key
+from pyfirst.errors import InputError
+
+
+def tensor_bytes(path):
+    return [(t.name, t.tensor_type, t.shape.tolist(), t.data.tobytes()) for t in pack.open_gguf(path).tensors]
+
+
+def fields(path):
+    return {n: f.contents() for n, f in pack.open_gguf(path).fields.items() if not n.startswith("GGUF.")}
+
+
+@pytest.fixture
+def packed(tiny_model, tmp_path):
+    model, base = tiny_model("llama")
+    recipe = tiny.recipe(tmp_path / "recipe", model, protected=[1])
+    convert.convert(base_gguf=base, first=recipe, outfile=tmp_path / "packed.gguf")
+    return base, tmp_path / "packed.gguf", recipe
+
+
+def test_tensors_stay_byte_for_byte_and_only_first_keys_are_added(packed):
+    base, path, _ = packed
+    assert tensor_bytes(path) == tensor_bytes(base)
+    added = {n: v for n, v in fields(path).items() if not n.startswith(("first.", "general.tags"))}
+    assert added == fields(base)
+    assert fields(path)["general.tags"] == ["first", "layer-skipping"]
+    assert fields(path)[key.PROTECTED] == [1]
+
+
+def test_strip_gives_the_base_back(packed, tmp_path):
+    base, path, _ = packed
+    convert.convert(strip=path, outfile=tmp_path / "plain.gguf")
+    assert (tmp_path / "plain.gguf").read_bytes() == base.read_bytes()
+    with pytest.raises(InputError, match="nothing to remove"):
+        convert.convert(strip=base, outfile=tmp_path / "again.gguf")
+
+
+def test_packing_again_replaces_the_routers(packed, tiny_model, tmp_path):
+    base, path, _ = packed
+    other = tiny.recipe(tmp_path / "other", tiny_model("llama")[0], seed=5)
+    result = convert.convert(base_gguf=path, first=other, outfile=tmp_path / "second.gguf")
+    assert result["replaced_routers"] and key.PROTECTED not in fields(tmp_path / "second.gguf")
+    fresh = tmp_path / "fresh.gguf"
+    convert.convert(base_gguf=base, first=other, outfile=fresh)
+    assert fields(fresh) == fields(tmp_path / "second.gguf")
+    assert tensor_bytes(fresh) == tensor_bytes(base)
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_k_m", "q4_0", "f16"])
+def test_llama_quantize_keeps_the_routers_as_they_are(kind, packed, tmp_path):
+    _, path, _ = packed
+    quantize.quantize(path, tmp_path / "q.gguf", kind)
+    before, after = fields(path), fields(tmp_path / "q.gguf")
+    assert {n: v for n, v in before.items() if n.startswith("first.")} == {
+        n: v for n, v in after.items() if n.startswith("first.")
+    }
+
+
+def test_recipe_with_lora_is_refused_with_the_reason(tiny_model, tmp_path):
+    model, base = tiny_model("llama")
+    recipe = tiny.recipe(tmp_path / "recipe", model)
+    tiny.adapter(model, recipe, target_modules=["q_proj"])
+    with pytest.raises(InputError, match="holds a LoRA, which cannot be merged into an existing GGUF"):
+        convert.convert(base_gguf=base, first=recipe, outfile=tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_broken_files_are_named(packed, tmp_path):
+    _, path, recipe = packed
+    data = path.read_bytes()
+    for n, cut in enumerate((0, 3, 20, 1000, len(data) - 10_000)):
+        broken = tmp_path / f"broken{n}.gguf"
+        broken.write_bytes(data[:cut])
+        with pytest.raises(InputError, match=broken.name):
+            convert.convert(base_gguf=broken, first=recipe, outfile=tmp_path / "out.gguf")
+        assert not (tmp_path / "out.gguf").exists()
+
+
+def test_quantised_base_and_routers_of_the_size_of_a_3b_model(tiny_model, tmp_path):
+    """131,072 floats stay what they were, to the bit."""
+    from pyfirst.recipe import FirstConfig, Recipe
+
+    weight = np.random.default_rng(0).normal(size=(32, 4096)).astype(np.float32)
+    recipe = Recipe(FirstConfig(32, 4096), weight, np.zeros(32, np.float32))
+    found = pack.entries(recipe)
+    reader = pack.open_gguf(tiny_model("llama")[1])
+    pack.rewrite(reader, tmp_path / "big.gguf", found, lambda name: True, tags=True)
+    read = pack.open_gguf(tmp_path / "big.gguf")
+    assert np.array_equal(np.float32(pack.value(read, key.ROUTER_WEIGHT)), weight.ravel())

@@ -1,0 +1,99 @@
+"""llama.cpp's quantizer through ctypes: every type it offers, its fallbacks, its refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+
+from first_convert import quantize
+from first_convert.pack import open_gguf
+from first_convert.upstream import gguf
+from pyfirst.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Rows of 256, so that K-quants fit."""
+    root = tmp_path_factory.mktemp("wide")
+    model = tiny.make("llama", root / "hf", hidden_size=256, intermediate_size=512, num_hidden_layers=2)
+    return tiny.gguf(model, root / "f32.gguf")
+
+
+def types(path):
+    return {t.name: t.tensor_type.name for t in open_gguf(path).tensors}
+
+
+def imatrix(path, source):
+    """An importance matrix in llama-imatrix's format, for every 2-dimensional tensor."""
+    writer = gguf().GGUFWriter(path, arch="imatrix")
+    writer.add_type("imatrix")
+    generator = np.random.default_rng(0)
+    for tensor in open_gguf(source).tensors:
+        if len(tensor.shape) == 2:
+            columns = int(tensor.shape[0])
+            writer.add_tensor(
+                f"{tensor.name}.in_sum2", generator.random((1, columns), dtype=np.float32) * 100
+            )
+            writer.add_tensor(f"{tensor.name}.counts", np.full((1, 1), 100, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("kind", quantize.TYPES)
+def test_every_type_loads_or_is_refused_with_a_reason(kind, wide, tmp_path):
+    from first_convert.convert import _check_loads
+
+    out = tmp_path / "q.gguf"
+    try:
+        quantize.quantize(wide, out, kind)
+    except InputError as error:
+        # One-bit types are garbage without an importance matrix, and llama.cpp says so.
+        assert "imatrix" in str(error)
+        quantize.quantize(wide, out, kind, imatrix=imatrix(tmp_path / "imatrix.gguf", wide))
+    assert _check_loads(out, ()) == []
+
+
+def test_imatrix_changes_the_result(wide, tmp_path):
+    matrix = imatrix(tmp_path / "imatrix.gguf", wide)
+    quantize.quantize(wide, tmp_path / "plain.gguf", "q4_k_m")
+    quantize.quantize(wide, tmp_path / "weighted.gguf", "q4_k_m", imatrix=matrix)
+    assert types(tmp_path / "plain.gguf") == types(tmp_path / "weighted.gguf")
+    plain, weighted = (tmp_path / f"{name}.gguf" for name in ("plain", "weighted"))
+    assert plain.read_bytes() != weighted.read_bytes()
+
+
+def test_file_without_a_matrix_is_refused(wide):
+    with pytest.raises(InputError, match="no importance matrix"):
+        quantize.load_imatrix(wide)
+
+
+@pytest.mark.parametrize("width, got", [(64, "q5_0"), (96, "q5_0")])
+def test_fallbacks_are_listed(width, got, tmp_path):
+    model = tiny.make("llama", tmp_path / "hf", hidden_size=width)
+    source = tiny.gguf(model, tmp_path / "f32.gguf")
+    fallbacks = quantize.quantize(source, tmp_path / "q.gguf", "q4_k_s")["fallbacks"]
+    assert {"tensor": "blk.0.attn_q.weight", "columns": width, "wanted": "q4_K", "got": got} in fallbacks
+    found = types(tmp_path / "q.gguf")
+    assert all(found[entry["tensor"]].lower() == entry["got"].lower() for entry in fallbacks)
+
+
+def test_no_fallback_where_rows_fit(wide, tmp_path):
+    assert quantize.quantize(wide, tmp_path / "q.gguf", "q4_k_m")["fallbacks"] == []
+
+
+def test_quantised_source_is_refused_and_untouched(wide, tmp_path):
+    quantize.quantize(wide, tmp_path / "q8.gguf", "q8_0")
+    before = (tmp_path / "q8.gguf").read_bytes()
+    with pytest.raises(InputError, match="requantizing from type q8_0 is disabled"):
+        quantize.quantize(tmp_path / "q8.gguf", tmp_path / "q4.gguf", "q4_0")
+    assert (tmp_path / "q8.gguf").read_bytes() == before
+
+
+def test_names_are_those_of_llama_quantize():
+    assert quantize.outtype("Q4_K") == "q4_k_m" and quantize.outtype("IQ4_XS") == "iq4_xs"
+    with pytest.raises(InputError, match="unknown outtype"):
+        quantize.outtype("int4")
