@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from pyfirst.errors import InputError
 from pyfirst.training import report
@@ -179,6 +180,9 @@ def run_phase(
     if options.resume and done.is_file():
         model.load_state_dict(load_file(done))
         report.say(f"{phase.name}: done before")
+        return {"name": phase.name, "steps": phase.steps, "warnings": []}
+    if checkpoint and checkpoint.endswith(f"-{phase.steps}"):  # Trainer would take one more step from here
+        model.load_state_dict(load_file(Path(checkpoint) / SAFE_WEIGHTS_NAME))
         return {"name": phase.name, "steps": phase.steps, "warnings": []}
     if checkpoint is None:
         prepare()

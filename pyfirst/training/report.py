@@ -192,10 +192,10 @@ def card(config: FirstConfig, args: argparse.Namespace) -> str:
     lora = f" and a LoRA of rank {args.lora_r}" if args.phase != "routers" else ""
     lines += [
         f"Routers for {config.block_count} layers of width {config.embedding_length}{lora}.",
-        f"About {results['skipped']:.0%} of the layers are skipped for each prompt. Written by `first-train`;",
+        f"About {results['skipped']:.0%} of the layers are skipped for each prompt. `first-train` wrote it;",
         "`first-convert` turns base model and recipe into a GGUF.",
         "",
-        f"- prefill: `{config.prefill}`, threshold {config.threshold:.4f}, router norm `{config.router_norm}`, "
+        f"- prefill {config.prefill}, threshold {config.threshold:.4f}, router norm {config.router_norm}, "
         f"never skipped: {', '.join(map(str, config.protected)) or 'none'}",
         f"- trained on: {config.training['drawn']} examples drawn from "
         + ", ".join(f"{count} {task}" for task, count in config.training["data"].items()),
@@ -215,7 +215,7 @@ def card(config: FirstConfig, args: argparse.Namespace) -> str:
         lines += [
             "",
             f"The nearest mean mask names the task of {results['task_from_mask']:.0%} of the prompts;",
-            f"the most common masks of two tasks differ in {results['layers_that_differ']:.0%} of the layers.",
+            f"the usual masks of two tasks differ in {results['layers_that_differ']:.0%} of the layers.",
             "Layers kept (`#`) and skipped (`.`):",
             "",
             *(f"    {mask}  {task}" for task, mask in results["modal_masks"].items()),

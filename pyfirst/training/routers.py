@@ -100,8 +100,8 @@ class RoutedCache(DynamicCache):
         return max(map(self._length, range(len(self.layers))), default=0)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        kind = type(self.layers[layer_idx]) if layer_idx < len(self.layers) else object
-        same = [i for i, layer in enumerate(self.layers) if isinstance(layer, kind)]
+        kinds = [type(layer) for layer in self.layers]
+        same = [i for i, kind in enumerate(kinds) if layer_idx >= len(kinds) or kind is kinds[layer_idx]]
         return super().get_mask_sizes(query_length, max(same, key=self._length, default=layer_idx))
 
 
@@ -182,8 +182,7 @@ class FirstModel(nn.Module):
         self._outputs: list[int | None] = [None] * len(layers)
         self._pass: Pass | None = None
         self._parameters_of_forward = set(inspect.signature(inner.forward).parameters)
-        for index, layer in enumerate(self.layers):
-            layer.forward = self._routed_forward(index, layer.forward)
+        self.wrap()
         for module in self.modules():
             if hasattr(module, "cast_input_dtype_enabled"):  # PEFT would copy every input to float32
                 module.cast_input_dtype_enabled = inner.dtype != torch.bfloat16
@@ -210,6 +209,7 @@ class FirstModel(nn.Module):
         missing = [key for key in self.state_dict() if key not in state_dict]
         if missing or result.unexpected_keys:
             raise RuntimeError(f"checkpoint does not fit: {[*missing, *result.unexpected_keys][0]}")
+        result.missing_keys.clear()  # the base model's own
         return result
 
     def _precision(self) -> Any:
@@ -217,6 +217,11 @@ class FirstModel(nn.Module):
         dtype = self.inner.dtype
         device = self.routers.weight.device.type
         return torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+    def wrap(self) -> None:
+        """Put the routers before the layers; done on construction."""
+        for index, layer in enumerate(self.layers):
+            layer.forward = self._routed_forward(index, layer.forward)
 
     def unwrap(self) -> None:
         """Give the layers their own ``forward`` back."""
@@ -285,7 +290,7 @@ class FirstModel(nn.Module):
                     gate = torch.where(route.routed[..., None], gate, 1.0)
                 return gate, score
             route.keep[:, index] = score.detach() >= self.threshold
-        keep = route.keep[:, index]
+        keep = route.keep[:, index].clone()  # the column next to it is still to be written
         if route.routed is None:
             if bool(keep.all()) and not route.straight_through:
                 return None

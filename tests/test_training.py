@@ -1,0 +1,248 @@
+"""The torch side of routing, against a plain forward that leaves the layers out (tiny.gold, tiny.decide)."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from pyfirst.errors import InputError
+from pyfirst.recipe import FirstConfig, load_recipe, save_recipe
+from pyfirst.training.data import Example, collate
+from pyfirst.training.objectives import leave_one_out, start_from
+from pyfirst.training.routers import FirstModel, Routers, find_layers, per_example
+
+MASKS = {"first": [0], "first two": [0, 1], "last": [3], "first and third": [0, 2], "all but one": [0, 1, 3]}
+ARCHITECTURES = ["llama", "qwen3", "gemma3", "gpt2", "gptneox", "olmo2", "mixtral"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.make("llama", tmp_path_factory.mktemp("llama"))
+
+
+def routed(folder, seed: int = 0, **options) -> FirstModel:
+    """A tiny model with random routers whose scores lie around one half."""
+    net = tiny.load(folder)
+    count = net.config.num_hidden_layers
+    routers = Routers(count, tiny.WIDTH)
+    torch.manual_seed(seed)
+    torch.nn.init.normal_(routers.weight, std=0.5)
+    torch.nn.init.normal_(routers.bias, std=0.1)
+    return FirstModel(net, routers, **options)
+
+
+def prompt_of(length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, tiny.VOCAB - 8, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def greedy(model: FirstModel, ids: torch.Tensor, **options):
+    """Token ids, logits [B, 8, V] and masks of eight greedy steps."""
+    out, keep = model.generate(
+        ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, output_logits=True,
+        return_dict_in_generate=True, **options,
+    )  # fmt: skip
+    return out.sequences, torch.stack(out.logits, 1), keep
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("prefill", ["full", "skip"])
+def test_cached_generation_is_the_forward_without_the_layers(tmp_path, arch, prefill):
+    """D01: the cache's length and the positions hold when layer 0, or nearly all, are skipped."""
+    model = routed(tiny.make(arch, tmp_path), prefill=prefill)
+    ids = prompt_of(9)
+    for off in MASKS.values():
+        keep = torch.tensor([i not in off for i in range(model.block_count)])
+        sequence, logits, used = greedy(model, ids, keep=keep)
+        assert used[0].tolist() == keep.tolist()
+        model.unwrap()
+        truth = tiny.gold(
+            model.inner, keep.int().tolist(), ids[0].tolist(), sequence[0, 9:-1].tolist(), prefill
+        )
+        model.wrap()
+        assert abs(logits[0].numpy() - truth[8:]).max() < 1e-4, off
+
+
+def test_a_skipped_layer_is_not_run(folder):
+    model = routed(folder, prefill="skip")
+    runs = []
+    model.layers[0].mlp.register_forward_hook(lambda *_: runs.append(1))
+    greedy(model, prompt_of(5), keep=torch.tensor([False, True, True, True]))
+    assert not runs
+    model.prefill = "full"
+    greedy(model, prompt_of(5), keep=torch.tensor([False, True, True, True]))
+    assert len(runs) == 1  # the prompt
+
+
+def test_masks_that_fit_nothing_are_refused(folder):
+    model = routed(folder)
+    with pytest.raises(InputError, match="every layer"):
+        model.generate(prompt_of(4), keep=torch.zeros(4, dtype=torch.bool), max_new_tokens=2)
+    with pytest.raises(InputError, match="4 layers"):
+        model.generate(prompt_of(4), keep=torch.ones(5, dtype=torch.bool), max_new_tokens=2)
+    model.threshold.fill_(1.0)
+    with pytest.raises(InputError, match="threshold"):
+        model.generate(prompt_of(4), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("prefill", ["full", "skip"])
+@pytest.mark.parametrize("norm", ["rms", "none"])
+def test_decisions_are_the_equation(folder, tmp_path, prefill, norm):
+    """Scores and masks equal an independent float64 evaluation; `window` limits what decides in skip."""
+    model = routed(folder, prefill=prefill, window=6, protected=[3])
+    model.routers.norm = norm
+    config = FirstConfig(4, tiny.WIDTH, router_norm=norm, prefill=prefill, window=6, protected=[3])
+    weight, bias = (p.detach().numpy() for p in (model.routers.weight, model.routers.bias))
+    save_recipe(tmp_path, config, weight, bias)
+    seen = set()
+    for seed in range(8):
+        ids = prompt_of(10, seed)
+        keep, scores = model.decide(ids, torch.ones_like(ids))
+        mask, truth = tiny.decide(folder, tmp_path, ids[0].tolist())
+        assert keep[0].tolist() == mask.tolist()
+        assert abs(scores[0].numpy() - truth).max() < 1e-5
+        seen.add(tuple(mask.tolist()))
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize("prefill", ["full", "skip"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_and_neighbours_change_nothing(folder, prefill, side):
+    """D05, also with a prompt that ends in the padding token itself."""
+    model = routed(folder, prefill=prefill, window=7)
+    rows = [prompt_of(n, n)[0] for n in (5, 11, 8)]
+    rows[0][-1] = 2
+    shape = (3, 11)
+    ids, mask = torch.full(shape, 2), torch.zeros(shape, dtype=torch.long)
+    for i, row in enumerate(rows):
+        part = slice(11 - len(row), 11) if side == "left" else slice(0, len(row))
+        ids[i, part], mask[i, part] = row, 1
+    keep, scores = model.decide(ids, mask)
+    for i, row in enumerate(rows):
+        alone, truth = model.decide(row[None], torch.ones(1, len(row)))
+        assert keep[i].tolist() == alone[0].tolist()
+        assert (scores[i] - truth[0]).abs().max() < 1e-5
+    assert len(set(map(tuple, keep.tolist()))) > 1
+    if side == "left":
+        sequences, _, used = greedy(model, ids, attention_mask=mask)
+        for i, row in enumerate(rows):
+            own, _, _ = greedy(model, row[None])
+            assert sequences[i, 11:].tolist() == own[0, len(row) :].tolist()
+        assert used.tolist() == keep.tolist()
+    mask[1] = 0
+    with pytest.raises(InputError, match="row 1"):
+        model.decide(ids, mask)
+
+
+def test_beams_keep_the_mask_of_their_prompt(folder):
+    model = routed(folder)
+    ids = torch.cat([prompt_of(6, 1), prompt_of(6, 2)])
+    together, keep = model.generate(ids, num_beams=3, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    for i in range(2):
+        alone, own = model.generate(
+            ids[i : i + 1], num_beams=3, max_new_tokens=6, min_new_tokens=6, do_sample=False
+        )
+        assert alone[0].tolist() == together[i].tolist()
+        assert own[0].tolist() == keep[3 * i].tolist()
+
+
+@pytest.mark.parametrize("prefill", ["full", "skip"])
+def test_training_forward_is_generation(folder, prefill):
+    """The teacher-forced pass gives the logits that cached decoding gives under the routers' own masks."""
+    model = routed(folder, prefill=prefill)
+    ids = prompt_of(8, 3)
+    sequence, logits, keep = greedy(model, ids)
+    prompt = torch.ones_like(sequence)
+    prompt[:, 8:] = 0
+    for gradients in (False, True):  # the straight-through term must not change a value
+        with torch.set_grad_enabled(gradients):
+            out = model(sequence, torch.ones_like(sequence), prompt)
+        assert out["keep"].tolist() == keep.tolist()
+        assert (out["logits"][:, 7:-1] - logits).abs().max() < 1e-4
+    assert not keep.all()
+
+
+def test_gradients_reach_the_routers_through_hard_masks_and_not_below(folder):
+    model = routed(folder, protected=[0])
+    model.base.requires_grad_(False)
+    batch = collate([Example([5, 6, 7, 8], [9, 10, 2], "a", ""), Example([50, 60], [70, 2], "a", "")])
+    model(**batch)["loss"].backward()
+    rows = model.routers.weight.grad.abs().sum(1)
+    assert rows[0] == 0
+    assert (rows[1:] > 0).all()
+    # d loss / d keep_l is <d loss / d h_(l+1), layer_l(h) - h> on response tokens: compare with a blend.
+    scores = model(**batch)["scores"]
+    assert scores.shape == (2, 4)
+
+
+def test_a_skipped_layer_may_be_not_finite(folder):
+    """NaN in a layer that is off must not come through the choice."""
+    model = routed(folder, prefill="skip")
+    with torch.no_grad():
+        model.layers[2].mlp.down_proj.weight.fill_(float("nan"))
+    ids = torch.cat([prompt_of(6, 1), prompt_of(6, 2)])
+    keep = torch.tensor([[True, True, False, True], [True, True, True, True]])
+    with torch.no_grad():
+        logits = model(ids, torch.ones_like(ids), torch.ones_like(ids), keep=keep)["logits"]
+    assert torch.isfinite(logits[0]).all()
+    assert logits[1].isnan().any()
+
+
+def test_leave_one_out_finds_the_useless_layer(folder):
+    """With the cache after the prompt it equals whole forwards, and the start skips what costs nothing."""
+    model = routed(folder)
+    with torch.no_grad():
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            model.layers[2].get_submodule(name).weight.zero_()
+    examples = [
+        Example(prompt_of(4 + i, i)[0].tolist(), prompt_of(3 + i % 2, 90 + i)[0].tolist(), "a", "")
+        for i in range(5)
+    ]
+    deltas, features = leave_one_out(model, examples, 2)
+    assert deltas[:, 2].abs().max() < 1e-5
+    with torch.no_grad():
+        keep = torch.tensor([True, False, True, True])
+        truth = per_example(model(**collate(examples), keep=keep), 5)
+        truth -= per_example(model(**collate(examples), dense=True), 5)
+    assert (deltas[:, 1] - truth).abs().max() < 1e-4
+    deltas[:, [0, 1, 3]] = 1.0
+    start_from(model, deltas, features, keep=0.7)
+    for example in examples:
+        ids = torch.tensor([example.prompt])
+        assert model.decide(ids, torch.ones_like(ids))[0].tolist() == [[True, True, False, True]]
+
+
+def test_routers_come_back_bit_equal_and_wrong_ones_are_refused(folder, tmp_path):
+    """D06."""
+    model = routed(folder)
+    weight, bias = model.routers.weight.detach().numpy(), model.routers.bias.detach().numpy()
+    save_recipe(tmp_path, FirstConfig(4, tiny.WIDTH, router_norm="rms"), weight, bias)
+    back = load_recipe(tmp_path)
+    assert back.weight.tobytes() == weight.tobytes()
+    assert back.bias.tobytes() == bias.tobytes()
+    with pytest.raises(InputError, match=r"6 layers.*4 layers"):
+        FirstModel(tiny.load(folder), Routers(6, tiny.WIDTH))
+    with pytest.raises(InputError, match="width 32"):
+        FirstModel(tiny.load(folder), Routers(4, 32))
+    with pytest.raises(InputError, match="layer 4"):
+        FirstModel(tiny.load(folder), Routers(4, tiny.WIDTH), protected=[4])
+
+
+def test_lora_never_lands_on_a_router(folder):
+    from peft import LoraConfig, get_peft_model
+
+    base = get_peft_model(
+        tiny.load(folder), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    model = FirstModel(base, Routers(4, tiny.WIDTH))
+    names = list(model.state_dict())
+    assert sum("lora_" in n for n in names) == 2 * 7 * 4
+    assert sorted(n for n in names if "lora_" not in n) == ["routers.bias", "routers.weight", "threshold"]
+    missing = {k: v for k, v in model.state_dict().items() if k != "routers.bias"}
+    with pytest.raises(RuntimeError, match=r"routers\.bias"):
+        model.load_state_dict(missing)
+
+
+def test_layers_are_found_beside_as_many_experts(tmp_path):
+    net = tiny.load(tiny.make("mixtral", tmp_path))
+    assert find_layers(net) is net.model.layers

@@ -1,0 +1,315 @@
+"""first-train from the command line, on tiny random models."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from pyfirst.errors import InputError
+from pyfirst.recipe import load_recipe
+from pyfirst.training import phases, report
+from pyfirst.training.data import MixedSampler, encode, hold_back, load_examples, read_jsonl
+from pyfirst.training.routers import FirstModel, Routers
+from pyfirst.training.train import build_parser, main, protected_layers, train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.make("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "tasks.jsonl"
+    lines = []
+    for i in range(40):
+        lines.append(
+            {"prompt": f"Add {i} and {i + 1}.", "response": f"The sum is {2 * i + 1}.", "task": "math"}
+        )
+        lines.append(
+            {"prompt": "over the lazy dog " * (i % 5 + 1) + str(i), "response": "fox", "task": "text"}
+        )
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def arguments(folder, data, out, *more: str) -> list[str]:
+    return [
+        "-m", str(folder), "--data", str(data), "--out", str(out), "--steps", "5", "--batch-size", "4",
+        "--grad-accum", "2", "--hold-back", "6", "--prior-examples", "3", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(folder, data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("recipe") / "out"
+    assert main(arguments(folder, data, out, "--data-note", "made up, CC0")) == 0
+    return out
+
+
+def test_a_run_leaves_a_complete_recipe(folder, trained):
+    names = sorted(p.name for p in trained.iterdir())
+    assert names == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "first_config.json",
+        "first_routers.safetensors",
+    ]  # fmt: skip
+    assert not [p for p in trained.parent.iterdir() if p != trained]
+    recipe = load_recipe(trained)
+    config = recipe.config
+    assert config.protected == [0, 3]
+    assert (config.block_count, config.embedding_length, config.router_norm) == (4, tiny.WIDTH, "rms")
+    thresholds, kept = config.calibration["threshold"], config.calibration["kept"]
+    assert thresholds == sorted(thresholds)
+    assert kept == sorted(kept, reverse=True)
+    assert kept[0] > 0.9
+    results = config.training["held_back"]
+    assert abs(results["skipped"] - 0.25) < 0.15
+    assert {"base", "dense_lora", "routed", "tasks", "task_from_mask"} <= set(results)
+    assert [p["name"] for p in config.training["phases"]] == ["warm-up", "joint", "lora"]
+    card = (trained / "README.md").read_text(encoding="utf-8")
+    assert "CC0" in card
+    assert str(folder.parent) not in card + (trained / "adapter_config.json").read_text(encoding="utf-8")
+    assert {t.dtype for t in load_file(trained / "adapter_model.safetensors").values()} == {torch.float16}
+
+
+def test_stored_recipe_decides_as_measured(folder, trained, data):
+    """D06: reloaded through PEFT, the recipe gives the masks and losses that its card names."""
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    recipe = load_recipe(trained)
+    config = recipe.config
+    routers = Routers(config.block_count, config.embedding_length, config.router_norm)
+    with torch.no_grad():
+        routers.weight.copy_(torch.from_numpy(recipe.weight))
+        routers.bias.copy_(torch.from_numpy(recipe.bias))
+    base = PeftModel.from_pretrained(tiny.load(folder), trained)
+    model = FirstModel(base, routers, config.threshold, config.prefill, protected=config.protected)
+    examples, _ = load_examples(read_jsonl(data), AutoTokenizer.from_pretrained(folder), 512)
+    results = report.measure(model, hold_back(examples, 6, 1)[1], 4)
+    stored = config.training["held_back"]
+    assert results["skipped"] == stored["skipped"]
+    assert results["modal_masks"] == stored["modal_masks"]
+    for name in ("base", "dense_lora", "routed"):
+        assert abs(results[name] - stored[name]) < 2e-4
+
+
+def test_same_seed_same_recipe(folder, data, trained, tmp_path):
+    assert main(arguments(folder, data, tmp_path / "again")) == 0
+    for name in ("first_routers.safetensors", "adapter_model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (trained / name).read_bytes()
+
+
+@pytest.mark.parametrize(("name", "step"), [("warm-up", 1), ("joint", 1), ("lora", 2)])
+def test_resumed_is_bit_equal(folder, data, trained, tmp_path, monkeypatch, name, step):
+    """Interrupted right behind a checkpoint, within a phase or at its end, then resumed."""
+    out = tmp_path / "out"
+    argv = arguments(folder, data, out, "--save-steps", "1")
+
+    def stop(self, args, state, control, **kwargs):
+        if (self.trainer.phase.name, state.global_step) == (name, step):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(phases.Watch, "on_save", stop)
+    assert main(argv) == 130
+    assert not out.exists()
+    monkeypatch.undo()
+    assert main([*argv, "--resume"]) == 0
+    for file in ("first_routers.safetensors", "adapter_model.safetensors"):
+        assert (out / file).read_bytes() == (trained / file).read_bytes()
+
+
+def test_routers_alone_then_lora_on_frozen_routers(folder, data, tmp_path):
+    assert main(arguments(folder, data, tmp_path / "routers", "--phase", "routers", "--prefill", "skip")) == 0
+    first = load_recipe(tmp_path / "routers")
+    assert first.adapter_dir is None
+    assert first.config.prefill == "skip"
+    more = ("--phase", "lora", "--recipe", str(tmp_path / "routers"))
+    assert main(arguments(folder, data, tmp_path / "both", *more)) == 0
+    second = load_recipe(tmp_path / "both")
+    assert second.adapter_dir is not None
+    assert np.array_equal(first.weight, second.weight)
+    assert first.config.threshold == second.config.threshold
+
+
+def test_the_papers_objective_and_bf16(folder, data, tmp_path):
+    assert main(arguments(folder, data, tmp_path / "out", "--objective", "paper", "--bf16")) == 0
+    config = load_recipe(tmp_path / "out").config
+    assert config.threshold == 0.5
+    assert [p["name"] for p in config.training["phases"]] == ["routers", "lora"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--router-lr", "1e-1", "--target-skip", "0.5"),
+        ("--target-skip", "0"),
+        ("--bf16", "--router-norm", "none"),
+    ],
+)
+def test_extreme_settings_stay_finite(folder, data, tmp_path, more):
+    """D04."""
+    assert main(arguments(folder, data, tmp_path / "out", *more)) == 0
+    recipe = load_recipe(tmp_path / "out")
+    assert np.isfinite(recipe.weight).all()
+
+
+def test_nan_steps_are_left_out_and_end_the_run(folder, data, trained, tmp_path, monkeypatch, capsys):
+    """D04: one bad step costs nothing but itself, lasting NaN leaves the recipe there was."""
+    before = (trained / "first_routers.safetensors").read_bytes()
+    original = phases.PhaseTrainer.compute_loss
+    calls = []
+
+    def poisoned(bad):
+        def compute_loss(self, *args, **kwargs):
+            calls.append(1)
+            loss = original(self, *args, **kwargs)
+            return loss * float("nan") if bad(len(calls)) else loss
+
+        return compute_loss
+
+    monkeypatch.setattr(phases.PhaseTrainer, "compute_loss", poisoned(lambda n: n == 3))
+    assert main(arguments(folder, data, tmp_path / "one")) == 0
+    assert "left out" in capsys.readouterr().err
+    assert np.isfinite(load_recipe(tmp_path / "one").weight).all()
+    monkeypatch.setattr(phases.PhaseTrainer, "compute_loss", poisoned(lambda n: True))
+    assert main(arguments(folder, data, trained, "--force", "--steps", "30")) == 2
+    assert "not finite" in capsys.readouterr().err
+    assert (trained / "first_routers.safetensors").read_bytes() == before
+
+
+def test_collapse_is_told():
+    class Stub:
+        protected = torch.tensor([True, False, False])
+
+    def told(*rows):
+        return phases.collapse([tuple(map(bool, row)) for row in rows] * 20, Stub())
+
+    assert "no layer" in told([1, 1, 1])[0]
+    assert "every unprotected" in told([1, 0, 0])[0]
+    assert "same mask" in told([1, 0, 1])[0]
+    assert told([1, 0, 1], [1, 1, 0]) == []
+
+
+def test_missed_budget_is_told(folder, data, tmp_path, capsys):
+    assert (
+        main(arguments(folder, data, tmp_path / "out", "--objective", "paper", "--target-skip", "0.5")) == 0
+    )
+    assert "the target was 50%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--target-skip", "1.5"], "target-skip"),
+        (["--target-skip", "0.75"], "only 2 of 4"),
+        (["--protect", "9"], "layer '9'"),
+        (["--protect", "x"], "layer 'x'"),
+        (["--batch-size", "0"], "batch-size"),
+        (["--lr", "nan"], "--lr"),
+        (["--lora-targets", "no_such_layer"], "no_such_layer"),
+        (["--phase", "lora"], "--recipe"),
+        (["--max-length", "18"], "usable examples"),
+        (["-m", "/no/such/dir"], "no such directory"),
+        (["--data", "/no/such/file.jsonl"], "no such file"),
+    ],
+)
+def test_wrong_options_end_in_one_line(folder, data, tmp_path, capsys, more, words):
+    capsys.readouterr()
+    assert main(arguments(folder, data, tmp_path / "out", *more)) == 2
+    lines = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if not line.startswith(("0 prompts", "80 prompts"))
+    ]
+    assert len([line for line in lines if "error:" in line]) == 1
+    assert words in lines[-1]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "no examples"),
+        ("{oops", "not valid JSON"),
+        ('{"prompt": "a"}', "expected"),
+        ('["a"]', "expected"),
+        ('{"prompt": "a", "response": ""}', "text in both"),
+    ],
+)
+def test_wrong_data_names_the_line(tmp_path, text, words):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=words):
+        read_jsonl(path)
+
+
+def test_what_is_no_model_is_refused(folder, data, trained, tmp_path, capsys):
+    assert main(arguments(trained, data, tmp_path / "out")) == 2
+    assert "adapter" in capsys.readouterr().err
+    assert main(arguments(tmp_path, data, tmp_path / "out")) == 2
+    assert main(arguments(folder, data, trained)) == 2
+    assert "--force" in capsys.readouterr().err
+
+
+def test_help_shows_an_example():
+    text = build_parser().format_help()
+    assert "example:\n  first-train -m" in text
+
+
+def test_encoding_is_what_the_runtime_feeds():
+    tokens = tiny.tokenizer()
+    prompt, response = encode(tokens, "Hi there", "Hello.")
+    chat = [{"role": "user", "content": "Hi there"}]
+    assert prompt == tokens.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    assert tokens.decode(response) == "Hello.<|im_end|>"
+
+
+def test_long_prompts_lose_their_end_but_not_the_template():
+    tokens = tiny.tokenizer()
+    rows = [
+        {"prompt": "the quick brown fox " * 50, "response": "dog", "task": "a"},
+        {"prompt": "fox", "response": "dog " * 200, "task": "a"},
+    ]
+    examples, counts = load_examples(rows, tokens, 60)
+    assert counts == {"shortened": 1, "dropped": 1}
+    assert len(examples[0]) <= 60
+    text = tokens.decode(examples[0].prompt)
+    assert text.startswith("<|im_start|>user\nthe quick")
+    assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_every_task_is_in_every_step_and_no_prompt_on_both_sides(data):
+    examples, _ = load_examples(read_jsonl(data), tiny.tokenizer(), 200)
+    training, held = hold_back(examples, 6, 1)
+    assert not {e.text for e in training} & {e.text for e in held}
+    assert {e.task for e in held} == {"math", "text"}
+    order = list(MixedSampler(training, 4, 2, seed=1))
+    for start in range(0, len(order), 8):
+        assert [training[i].task for i in order[start : start + 8]].count("math") == 4
+    assert order == list(MixedSampler(training, 4, 2, seed=1))
+    assert order != list(MixedSampler(training, 4, 2, seed=2))
+
+
+def test_protect_names_layers():
+    assert protected_layers("0,last", 30) == [0, 29]
+    assert protected_layers("none", 30) == []
+
+
+def test_main_is_the_function(folder, data, tmp_path):
+    args = build_parser().parse_args(arguments(folder, data, tmp_path / "out", "--phase", "routers"))
+    assert train(args) == tmp_path / "out"
+
+
+def test_module_runs_by_name():
+    done = subprocess.run(
+        [sys.executable, "-m", "pyfirst.training.train", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "--target-skip" in done.stdout
