@@ -17,8 +17,9 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from first_convert import child, convert, pack, quantize
+from first_convert import child, convert, quantize
 from first_convert.convert import build_parser, main
+from first_convert.upstream import gguf
 from pyfirst import metadata as key
 from pyfirst.errors import InputError
 
@@ -49,7 +50,7 @@ def edit_json(path: Path, **changes) -> None:
 
 
 def contents(path) -> tuple[dict, dict]:
-    reader = pack.open_gguf(path)
+    reader = gguf().GGUFReader(path)
     fields = {n: f.contents() for n, f in reader.fields.items() if not n.startswith("GGUF.")}
     return fields, {t.name: (t.tensor_type, t.data.tobytes()) for t in reader.tensors}
 

@@ -104,13 +104,13 @@ def test_row_permutation_of_grouped_queries(heads, kv, bias, tmp_path):
 
 
 def test_saved_module_is_stored_bit_for_bit(tiny_model, tmp_path):
-    from first_convert.pack import open_gguf
+    from first_convert.upstream import gguf
 
     model, _ = tiny_model("llama")
     adapter = tiny.adapter(model, tmp_path / "a", target_modules=["q_proj"], modules_to_save=["lm_head"])
     convert(model, tmp_path / "out.gguf", lora=adapter)
     saved = load_file(adapter / "adapter_model.safetensors")["base_model.model.lm_head.weight"]
-    tensors = {t.name: t.data for t in open_gguf(tmp_path / "out.gguf").tensors}
+    tensors = {t.name: t.data for t in gguf().GGUFReader(tmp_path / "out.gguf").tensors}
     assert np.array_equal(tensors["output.weight"], saved.numpy())
     assert not np.array_equal(saved, load_file(model / "model.safetensors")["lm_head.weight"])
 

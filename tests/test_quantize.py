@@ -7,7 +7,6 @@ import pytest
 import tiny
 
 from first_convert import quantize
-from first_convert.pack import open_gguf
 from first_convert.upstream import gguf
 from pyfirst.errors import InputError
 
@@ -21,7 +20,7 @@ def wide(tmp_path_factory):
 
 
 def types(path):
-    return {t.name: t.tensor_type.name for t in open_gguf(path).tensors}
+    return {t.name: t.tensor_type.name for t in gguf().GGUFReader(path).tensors}
 
 
 def imatrix(path, source):
@@ -29,7 +28,7 @@ def imatrix(path, source):
     writer = gguf().GGUFWriter(path, arch="imatrix")
     writer.add_type("imatrix")
     generator = np.random.default_rng(0)
-    for tensor in open_gguf(source).tensors:
+    for tensor in gguf().GGUFReader(source).tensors:
         if len(tensor.shape) == 2:
             columns = int(tensor.shape[0])
             writer.add_tensor(

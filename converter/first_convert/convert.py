@@ -145,23 +145,16 @@ def _check_finite(path: Path) -> None:
     """Raise InputError naming the first float tensor of a GGUF that holds NaN or infinity."""
     import numpy as np
 
-    kinds = gguf().GGMLQuantizationType
+    layouts = {"F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80), "F32": (np.uint32, 0x7F800000)}
     for tensor in pack.open_gguf(path).tensors:
-        data = tensor.data.reshape(-1)
-        if tensor.tensor_type == kinds.BF16:
-            words, exponent = data.view(np.uint16), 0x7F80
-        elif tensor.tensor_type == kinds.F16:
-            words, exponent = data.view(np.uint16), 0x7C00
-        elif tensor.tensor_type == kinds.F32:
-            words, exponent = data.view(np.uint32), 0x7F800000
-        else:
+        if tensor.kind not in layouts:
             continue
+        dtype, exponent = layouts[tensor.kind]
+        words = np.memmap(path, dtype, "r", tensor.start, (tensor.elements,))
         for start in range(0, words.size, 1 << 22):
             if ((words[start : start + (1 << 22)] & exponent) == exponent).any():
-                hint = "; a value is beyond 65504, use bf16 or f32" if tensor.tensor_type == kinds.F16 else ""
-                raise InputError(
-                    f"tensor '{tensor.name}' holds NaN or infinity as {tensor.tensor_type.name}{hint}"
-                )
+                hint = "; a value is beyond 65504, use bf16 or f32" if tensor.kind == "F16" else ""
+                raise InputError(f"tensor '{tensor.name}' holds NaN or infinity as {tensor.kind}{hint}")
 
 
 def _check_loads(path: Path, probes: Sequence[tuple[str, list[int]]]) -> list[str]:
@@ -212,7 +205,7 @@ def _fallback_cost(path: Path, fallbacks: list[dict[str, Any]]) -> int:
         name.lower(): lib.GGML_QUANT_SIZES[kind]
         for name, kind in lib.GGMLQuantizationType.__members__.items()
     }
-    counts = {t.name: int(t.n_elements) for t in pack.open_gguf(path).tensors}
+    counts = {t.name: t.elements for t in pack.open_gguf(path).tensors}
     cost = 0.0
     for entry in fallbacks:
         (block, size), (wanted_block, wanted_size) = (

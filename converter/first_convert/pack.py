@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from first_convert.ggufio import Entry, Gguf, rewrite
 from first_convert.upstream import gguf
 from pyfirst import metadata as key
 from pyfirst.errors import InputError
 from pyfirst.recipe import Recipe
-
-
-class Entry(NamedTuple):
-    """One key-value pair; ``kind`` is a GGUFValueType name, ``item`` the one of an array's items."""
-
-    name: str
-    kind: str
-    value: Any
-    item: str | None = None
 
 
 def entries(recipe: Recipe, lora: dict[str, Any] | None = None) -> list[Entry]:
@@ -76,80 +67,33 @@ def describe(metadata: Any, recipe: Recipe, base_model: str) -> None:
         metadata.base_models = [entry]
 
 
-def open_gguf(path: str | Path) -> Any:
-    """A GGUFReader over one whole, unsplit file. Raises InputError naming the fault."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        reader = gguf().GGUFReader(path)
-        split = reader.get_field("split.count")
-        count = split.contents() if split else 0
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError, MemoryError) as error:
-        raise InputError(f"{path}: cut short or not a GGUF file ({error})") from None
+def open_gguf(path: str | Path) -> Gguf:
+    """One whole, unsplit GGUF. Raises InputError naming the fault."""
+    source = Gguf(path)
+    count = source.get("split.count", 0)
     if count > 1:
         raise InputError(f"{path}: one of {count} pieces; join them first with llama-gguf-split --merge")
-    end = max((t.data_offset + t.n_bytes for t in reader.tensors), default=0)
-    if path.stat().st_size < end:
-        raise InputError(f"{path}: {path.stat().st_size} bytes, its tensors need {end}; it is cut short")
-    return reader
+    return source
 
 
-def value(reader: Any, name: str, default: Any = None) -> Any:
-    """The value of a key in a GGUFReader, ``default`` when it is absent."""
-    field = reader.get_field(name)
-    return default if field is None else field.contents()
-
-
-def check_shape(reader: Any, path: str | Path, recipe: Recipe) -> None:
+def check_shape(source: Gguf, path: str | Path, recipe: Recipe) -> None:
     """Raise InputError, naming both numbers, when the recipe is for another depth or width."""
-    architecture = value(reader, "general.architecture", "")
+    architecture = source.get("general.architecture", "")
     config = recipe.config
     for name, wanted in (("block_count", config.block_count), ("embedding_length", config.embedding_length)):
-        found = value(reader, f"{architecture}.{name}")
+        found = source.get(f"{architecture}.{name}")
         if found != wanted:
             raise InputError(f"{path}: {architecture}.{name} is {found}, the recipe was trained for {wanted}")
 
 
-def rewrite(
-    reader: Any, out: str | Path, found: list[Entry], keep: Callable[[str], bool], tags: bool | None = None
-) -> int:
-    """Copy a GGUF with its tensors byte for byte, minus the keys that ``keep`` rejects, plus ``found``.
+def _plain(name: str) -> bool:
+    return not name.startswith("first.") and name != "general.tags"
 
-    ``tags``: True adds FiRST's tags to general.tags, False removes them. Returns the bytes written.
-    """
-    lib = gguf()
-    architecture = value(reader, "general.architecture", "")
-    writer = lib.GGUFWriter(out, arch=architecture, endianess=reader.endianess)
-    writer.data_alignment = reader.alignment
-    types = lib.GGUFValueType
-    old_tags = list(value(reader, "general.tags", []))
-    for field in reader.fields.values():
-        if field.name.startswith("GGUF.") or field.name == "general.architecture" or not keep(field.name):
-            continue
-        if field.name == "general.tags" and tags is not None:
-            continue
-        item = field.types[-1] if field.types[0] == types.ARRAY else None
-        content = field.contents()
-        if item is not None and not content:
-            continue  # an empty array, which the writer cannot write and readers take for absent
-        writer.add_key_value(field.name, content, field.types[0], item)
-    if tags is not None:
-        kept = [tag for tag in old_tags if tag not in key.TAGS] + (list(key.TAGS) if tags else [])
-        if kept:
-            writer.add_key_value("general.tags", kept, types.ARRAY, types.STRING)
-    add(writer, found)
-    for tensor in reader.tensors:
-        writer.add_tensor_info(
-            tensor.name, tensor.data.shape, tensor.data.dtype, tensor.data.nbytes, tensor.tensor_type
-        )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for tensor in reader.tensors:
-        writer.write_tensor_data(tensor.data, tensor_endianess=reader.endianess)
-    writer.close()
-    return Path(out).stat().st_size
+
+def _tags(source: Gguf, ours: bool) -> list[Entry]:
+    tags = [tag for tag in source.get("general.tags", []) if tag not in key.TAGS]
+    tags += key.TAGS if ours else ()
+    return [Entry("general.tags", "ARRAY", tags, "STRING")] if tags else []
 
 
 def pack(base: str | Path, out: str | Path, recipe: Recipe) -> dict[str, Any]:
@@ -159,17 +103,16 @@ def pack(base: str | Path, out: str | Path, recipe: Recipe) -> dict[str, Any]:
             f"{recipe.adapter_dir}: the recipe holds a LoRA, which cannot be merged into an existing GGUF; "
             "convert from the Hugging Face model folder (MODEL_DIR) instead"
         )
-    reader = open_gguf(base)
-    check_shape(reader, base, recipe)
-    replaced = reader.get_field(key.VERSION) is not None
-    rewrite(reader, out, entries(recipe), lambda name: not name.startswith("first."), tags=True)
-    return {"tensors": len(reader.tensors), "replaced_routers": replaced}
+    source = open_gguf(base)
+    check_shape(source, base, recipe)
+    rewrite(source, out, [*_tags(source, True), *entries(recipe)], _plain)
+    return {"tensors": len(source.tensors), "replaced_routers": key.VERSION in source.keys}
 
 
 def strip(base: str | Path, out: str | Path) -> dict[str, Any]:
     """Copy ``base`` to ``out`` without routers, tensors as they are. Raises InputError if there are none."""
-    reader = open_gguf(base)
-    if not any(name.startswith("first.") for name in reader.fields):
+    source = open_gguf(base)
+    if not any(name.startswith("first.") for name in source.keys):
         raise InputError(f"{base}: holds no FiRST routers, so there is nothing to remove")
-    rewrite(reader, out, [], lambda name: not name.startswith("first."), tags=False)
-    return {"tensors": len(reader.tensors)}
+    rewrite(source, out, _tags(source, False), _plain)
+    return {"tensors": len(source.tensors)}

@@ -74,7 +74,8 @@ def load_imatrix(path: str | Path) -> dict[str, Any]:
 
     from first_convert.pack import open_gguf
 
-    tensors = {t.name: t.data for t in open_gguf(path).tensors}
+    source = open_gguf(path)
+    tensors = {t.name: np.memmap(path, np.float32, "r", t.start, (t.elements,)) for t in source.tensors}
     result = {}
     for name, sums in tensors.items():
         if name.endswith(".in_sum2"):
