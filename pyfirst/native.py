@@ -6,10 +6,12 @@ llama-cpp-python's own variable LLAMA_CPP_LIB_PATH.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.metadata
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from pyfirst.errors import InputError
 API_VERSION = 1
 BINDINGS_VERSION = "0.3.36"
 PREFILL_FULL, PREFILL_SKIP = 0, 1
+_LOG_LEVEL_ERROR = 4
 
 _STATUS = {
     -1: "the model has no routers",
@@ -101,6 +104,27 @@ _SIGNATURES: dict[str, tuple[type, list]] = {
 lib = _load()
 
 
+@contextlib.contextmanager
+def captured_errors() -> Iterator[list[str]]:
+    """Collect what llama.cpp logs as errors meanwhile, so that an exception can give the reason."""
+    import llama_cpp
+    from llama_cpp._logger import llama_log_callback
+
+    lines: list[str] = []
+
+    @llama_cpp.llama_log_callback
+    def collect(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
+        if level == _LOG_LEVEL_ERROR:
+            lines.append(text.decode("utf-8", errors="replace").strip())
+        llama_log_callback(level, text, user_data)
+
+    llama_cpp.llama_log_set(collect, ctypes.c_void_p(0))
+    try:
+        yield lines
+    finally:
+        llama_cpp.llama_log_set(llama_log_callback, ctypes.c_void_p(0))
+
+
 def _check(status: int, what: str) -> int:
     if status < 0:
         raise InputError(f"{what}: {_STATUS.get(status, f'error {status}')}")
@@ -130,8 +154,10 @@ def calibration(model: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def set_routing(ctx: int, on: bool) -> None:
-    """Route the sequences that start from now on. Raises InputError where the model cannot."""
-    _check(lib.llama_first_set_routing(ctx, on), "routing")
+    """Route the sequences that start from now on. Raises InputError, with the reason, where the model cannot."""
+    with captured_errors() as reasons:
+        status = lib.llama_first_set_routing(ctx, on)
+    _check(status, reasons[-1] if reasons else "routing")
 
 
 def set_threshold(ctx: int, threshold: float) -> None:
@@ -145,7 +171,10 @@ def set_prefill(ctx: int, mode: int) -> int:
 
 
 def begin(ctx: int, seq_id: int = 0) -> None:
-    """Score the tokens of an empty sequence until commit(). Raises InputError."""
+    """Score the tokens of a sequence until commit(). Raises InputError.
+
+    It must be empty or hold only scored tokens that ran all layers; their scores count.
+    """
     _check(lib.llama_first_begin(ctx, seq_id), f"sequence {seq_id}")
 
 
@@ -154,13 +183,18 @@ def commit(ctx: int, seq_id: int = 0) -> None:
     _check(lib.llama_first_commit(ctx, seq_id), f"sequence {seq_id}")
 
 
-def set_mask(ctx: int, mask: np.ndarray, seq_id: int = 0) -> None:
-    """Pin a mask, bool [n_layer], True = keep. Raises InputError.
+def set_mask(ctx: int, mask: np.ndarray | None, seq_id: int = 0) -> None:
+    """Pin a mask, bool [n_layer], True = keep; None removes it. Raises InputError.
 
     Layers that a live sequence has skipped hold no keys and values, so they cannot come back.
     """
-    keep = np.ascontiguousarray(mask, dtype=np.uint8)
-    _check(lib.llama_first_set_mask(ctx, seq_id, _as_bytes(keep), keep.size), f"mask of sequence {seq_id}")
+    with captured_errors() as reasons:
+        if mask is None:
+            status = lib.llama_first_set_mask(ctx, seq_id, None, 0)
+        else:
+            keep = np.ascontiguousarray(mask, dtype=np.uint8)
+            status = lib.llama_first_set_mask(ctx, seq_id, _as_bytes(keep), keep.size)
+    _check(status, reasons[-1] if reasons else f"mask of sequence {seq_id}")
 
 
 def get_mask(ctx: int, n_layer: int, seq_id: int = 0) -> np.ndarray | None:
