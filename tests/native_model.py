@@ -6,11 +6,13 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import llama_cpp
+import llama_cpp._logger
 import numpy as np
 
 from pyfirst import native
 
 GGML_TYPE_F32 = 0
+llama_cpp._logger.set_verbose(False)
 
 
 class NativeModel:
@@ -60,7 +62,10 @@ class NativeModel:
         return self.decode([(token, start + i, seq) for i, token in enumerate(ids)], outputs)
 
     def clear(self, seq: int = -1) -> None:
-        llama_cpp.llama_memory_seq_rm(self.memory, seq, -1, -1)
+        if seq < 0:
+            llama_cpp.llama_memory_clear(self.memory, True)
+        else:
+            llama_cpp.llama_memory_seq_rm(self.memory, seq, -1, -1)
 
     def set_mask(self, mask: Sequence[int], seq: int = 0) -> None:
         native.set_mask(self.ctx, np.asarray(mask), seq)

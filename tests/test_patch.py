@@ -1,0 +1,410 @@
+"""The patched library against a plain torch forward, against itself and against the unpatched library."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from native_model import NativeModel, opened
+
+from pyfirst import native
+from pyfirst.errors import InputError
+
+PROMPT = tiny.prompt(20)
+NEXT = tiny.prompt(8, seed=9)
+TOLERANCE = 1e-4
+
+
+def masks(n_layer: int, seed: int = 0) -> list[np.ndarray]:
+    """Without the first layer, without the last, one layer left, and two random ones."""
+    rng = np.random.default_rng(seed)
+    layers = np.arange(n_layer)
+    random = [rng.permutation(layers) < k for k in (n_layer // 2, n_layer - 1)]
+    return [layers != 0, layers != n_layer - 1, layers == rng.integers(n_layer), *random]
+
+
+def run(model: NativeModel, mask, prefill: str, prompt=PROMPT, following=NEXT, seq: int = 0) -> np.ndarray:
+    """Logits of prompt and single decode steps under a forced mask."""
+    model.clear(seq)
+    if prefill == "skip":
+        model.set_mask(mask, seq)
+    logits = [model.feed(prompt, seq=seq)]
+    if prefill == "full":
+        model.set_mask(mask, seq)
+    logits += [model.feed([token], len(prompt) + i, seq) for i, token in enumerate(following)]
+    return np.concatenate(logits)
+
+
+def assert_same(found: np.ndarray, truth: np.ndarray) -> None:
+    assert np.abs(found - truth).max() < TOLERANCE
+    assert (found.argmax(-1) == truth.argmax(-1)).all()
+
+
+@pytest.mark.parametrize("arch", tiny.ARCHITECTURES)
+def test_forced_masks_equal_torch_without_the_layers(arch, tiny_model):
+    folder, path = tiny_model(arch)
+    net = tiny.load(folder)
+    with opened(path) as model:
+        for mask in masks(model.n_layer):
+            for prefill in ("full", "skip"):
+                assert_same(run(model, mask, prefill), tiny.gold(net, mask, PROMPT, NEXT, prefill))
+
+
+def test_the_reference_notices_a_missing_layer(tiny_model):
+    folder, _ = tiny_model("llama")
+    net = tiny.load(folder)
+    dense = tiny.gold(net, [1, 1, 1, 1], PROMPT, NEXT, "skip")
+    for mask in masks(4):
+        assert np.abs(tiny.gold(net, mask, PROMPT, NEXT, "skip") - dense).max() > 0.1
+
+
+@pytest.fixture(scope="module")
+def routed(tiny_model, tmp_path_factory):
+    """(arch, prefill) -> (HF folder, recipe, GGUF) with routers whose decision depends on the prompt."""
+    from first_convert.convert import convert
+
+    root = tmp_path_factory.mktemp("routed")
+
+    def make(arch: str, **config):
+        folder, path = tiny_model(arch)
+        name = f"{arch}-" + "-".join(f"{k}{v}" for k, v in config.items())
+        recipe = root / name
+        out = root / f"{name}.gguf"
+        if not out.exists():
+            tiny.recipe(recipe, folder, seed=3, **config)
+            convert(None, base_gguf=path, first=recipe, outfile=out)
+        return folder, recipe, out
+
+    return make
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3", "olmo2"])
+@pytest.mark.parametrize("prefill", ["full", "skip"])
+@pytest.mark.parametrize("norm", ["none", "rms"])
+def test_routers_decide_as_torch_does(arch, prefill, norm, routed):
+    folder, recipe, path = routed(arch, prefill=prefill, router_norm=norm)
+    net = tiny.load(folder)
+    seen = set()
+    with opened(path) as model:
+        native.set_routing(model.ctx, True)
+        for seed in range(6):
+            prompt = tiny.prompt(20, seed)
+            mask, scores = tiny.decide(net, recipe, prompt)
+            model.clear()
+            logits = [model.feed(prompt, outputs="last")]
+            assert (model.mask() == mask).all()
+            np.testing.assert_allclose(model.scores(), scores, atol=1e-4)
+            logits += [model.feed([token], len(prompt) + i) for i, token in enumerate(NEXT)]
+            truth = tiny.gold(net, mask, prompt, NEXT, prefill)
+            assert_same(np.concatenate(logits), truth[len(prompt) - 1 :])
+            seen.add(mask.tobytes())
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize("n_batch", [8, 32, 256])
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 100])
+def test_full_mask_does_not_depend_on_batch_size(n_batch, length, routed):
+    folder, recipe, path = routed("llama", prefill="full")
+    prompt = tiny.prompt(length, seed=length)
+    mask, scores = tiny.decide(tiny.load(folder), recipe, prompt)
+    with opened(path, n_batch=n_batch, n_ubatch=max(1, n_batch // 2)) as model:
+        native.set_routing(model.ctx, True)
+        native.begin(model.ctx)
+        for i in range(0, length, n_batch):
+            model.feed(prompt[i : i + n_batch], i, outputs="last")
+            assert model.mask() is None
+        native.commit(model.ctx)
+        assert (model.mask() == mask).all()
+        np.testing.assert_allclose(model.scores(), scores, atol=1e-4)
+
+
+def test_window_limits_who_decides_in_skip(routed):
+    folder, recipe, path = routed("llama", prefill="skip", window=6)
+    net = tiny.load(folder)
+    with opened(path) as model:
+        native.set_routing(model.ctx, True)
+        for seed in range(4):
+            prompt = tiny.prompt(20, seed)
+            mask, scores = tiny.decide(net, recipe, prompt)
+            model.clear()
+            logits = model.feed(prompt)
+            assert (model.mask() == mask).all()
+            np.testing.assert_allclose(model.scores(), scores, atol=1e-4)
+            assert_same(logits, tiny.gold(net, mask, prompt, (), "skip"))
+
+
+def test_protected_layers_are_kept_and_threshold_counts(routed):
+    _, _, path = routed("llama", prefill="full", protected=[0, 3])
+    with opened(path) as model:
+        native.set_routing(model.ctx, True)
+        native.set_threshold(model.ctx, 1.0)
+        model.feed(PROMPT)
+        assert model.mask().tolist() == [True, False, False, True]
+        model.clear()
+        native.set_threshold(model.ctx, 0.0)
+        model.feed(PROMPT)
+        assert model.mask().all()
+
+
+def test_changing_the_mask_rebuilds_no_graph(tiny_model):
+    with opened(tiny_model("llama")[1]) as model:
+        model.set_mask([1, 1, 1, 1])
+        model.feed(PROMPT)
+        model.feed(NEXT[:1], len(PROMPT))
+        before = model.reused()
+        for i in range(1, 8):
+            model.set_mask([1, i < 3, i < 5, 1])
+            model.feed(NEXT[i : i + 1], len(PROMPT) + i)
+        assert model.reused() - before == 7
+
+
+def test_alternating_sequences_equal_solo_runs(tiny_model):
+    """A reused graph must not carry the mask of the step before."""
+    folder, path = tiny_model("llama")
+    net = tiny.load(folder)
+    every = masks(4)
+    with opened(path, n_seq=2) as model:
+        for seq in (0, 1):
+            model.set_mask(every[seq + 3], seq)
+            model.feed(tiny.prompt(12, seq), seq=seq)
+        reused = model.reused()
+        following = [tiny.prompt(30, seed=20 + seq) for seq in (0, 1)]
+        logits: list[list[np.ndarray]] = [[], []]
+        for i in range(30):
+            for seq in (0, 1):
+                logits[seq].append(model.feed(following[seq][i : i + 1], 12 + i, seq)[0])
+        if model.n_layer:
+            assert model.reused() >= reused
+        for seq in (0, 1):
+            truth = tiny.gold(net, every[seq + 3], tiny.prompt(12, seq), following[seq], "skip")
+            assert_same(np.array(logits[seq]), truth[12:])
+
+
+@pytest.mark.parametrize("kv_unified", [False, True])
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3"])
+def test_mixed_masks_in_one_batch_equal_solo_runs(arch, kv_unified, tiny_model):
+    folder, path = tiny_model(arch)
+    net = tiny.load(folder)
+    n_layer = tiny.layers(net).__len__()
+    every = [*masks(n_layer)[1:4], np.ones(n_layer, bool)]
+    prompts = [tiny.prompt(5 + 4 * i, seed=i) for i in range(4)]
+    following = [tiny.prompt(10, seed=30 + i) for i in range(4)]
+    with opened(path, n_seq=4, kv_unified=kv_unified) as model:
+        for seq, mask in enumerate(every):
+            if not mask.all():
+                model.set_mask(mask, seq)
+        # All prompts in one batch, then steps in changing order; sequence 3 joins late, sequence 0 leaves early.
+        tokens = [(t, i, seq) for seq in (0, 1, 2) for i, t in enumerate(prompts[seq])]
+        rows = model.decode(tokens)
+        found: dict[int, list] = {seq: [] for seq in range(4)}
+        for (_, _, seq), row in zip(tokens, rows, strict=True):
+            found[seq].append(row)
+        rng = np.random.default_rng(1)
+        for step in range(10):
+            if step == 3:
+                found[3] += list(model.feed(prompts[3], seq=3))
+            present = [s for s in range(4) if not (s == 3 and step < 3) and not (s == 0 and step >= 6)]
+            rng.shuffle(present)
+            done = {s: len(found[s]) - len(prompts[s]) for s in present}
+            batch = [(following[s][done[s]], len(found[s]), s) for s in present]
+            for s, row in zip(present, model.decode(batch), strict=True):
+                found[s].append(row)
+        for seq in range(4):
+            n_next = len(found[seq]) - len(prompts[seq])
+            truth = tiny.gold(net, every[seq], prompts[seq], following[seq][:n_next], "skip")
+            assert_same(np.array(found[seq]), truth)
+
+
+def test_prompts_routed_together_decide_as_alone(routed):
+    folder, recipe, path = routed("llama", prefill="full")
+    net = tiny.load(folder)
+    prompts = [tiny.prompt(7 + 5 * i, seed=i) for i in range(3)]
+    with opened(path, n_seq=3) as model:
+        native.set_routing(model.ctx, True)
+        tokens = [(t, i, seq) for seq, prompt in enumerate(prompts) for i, t in enumerate(prompt)]
+        rows = model.decode(tokens)
+        start = 0
+        for seq, prompt in enumerate(prompts):
+            mask, scores = tiny.decide(net, recipe, prompt)
+            assert (model.mask(seq) == mask).all()
+            np.testing.assert_allclose(model.scores(seq), scores, atol=1e-4)
+            assert_same(rows[start : start + len(prompt)], tiny.gold(net, np.ones(4), prompt, (), "skip"))
+            start += len(prompt)
+
+
+def test_in_skip_a_prompt_is_routed_alone_while_others_wait(routed):
+    folder, recipe, path = routed("llama", prefill="skip")
+    net = tiny.load(folder)
+    first, second = tiny.prompt(9, 1), tiny.prompt(14, 2)
+    with opened(path, n_seq=2) as model:
+        native.set_routing(model.ctx, True)
+        both = [(t, i, 0) for i, t in enumerate(first)] + [(t, i, 1) for i, t in enumerate(second)]
+        with pytest.raises(RuntimeError):
+            model.decode(both)
+        model.feed(first, seq=0)
+        with pytest.raises(RuntimeError):
+            model.decode([(5, len(first), 0), *[(t, i, 1) for i, t in enumerate(second)]])
+        model.feed(second, seq=1)
+        masks_found = [tiny.decide(net, recipe, prompt)[0] for prompt in (first, second)]
+        rows = model.decode([(5, len(first), 0), (6, len(second), 1)])
+        for seq, (prompt, token) in enumerate(((first, 5), (second, 6))):
+            assert (model.mask(seq) == masks_found[seq]).all()
+            truth = tiny.gold(net, masks_found[seq], prompt, [token], "skip")
+            assert_same(rows[seq : seq + 1], truth[-1:])
+
+
+def test_masks_follow_the_kv(tiny_model):
+    import llama_cpp
+
+    folder, path = tiny_model("llama")
+    net = tiny.load(folder)
+    mask = np.array([1, 0, 1, 1], bool)
+    with opened(path, n_seq=2, kv_unified=True) as model:
+        model.set_mask(mask)
+        model.feed(PROMPT)
+        llama_cpp.llama_memory_seq_cp(model.memory, 0, 1, -1, -1)
+        assert (model.mask(1) == mask).all()
+        truth = tiny.gold(net, mask, PROMPT, NEXT, "skip")
+        copied = np.concatenate([model.feed([t], 20 + i, seq=1) for i, t in enumerate(NEXT)])
+        assert_same(copied, truth[20:])
+        model.clear(0)
+        assert model.mask(0) is None and (model.mask(1) == mask).all()
+        llama_cpp.llama_memory_seq_rm(model.memory, 1, 10, -1)
+        assert (model.mask(1) == mask).all()
+        again = np.concatenate([model.feed([t], 10 + i, seq=1) for i, t in enumerate(PROMPT[10:])])
+        assert_same(again, truth[10:20])
+        llama_cpp.llama_memory_clear(model.memory, True)
+        assert model.mask(1) is None
+
+
+def test_saved_state_carries_the_mask(tiny_model):
+    import ctypes
+
+    import llama_cpp
+
+    folder, path = tiny_model("llama")
+    net = tiny.load(folder)
+    mask = np.array([1, 0, 0, 1], bool)
+    truth = tiny.gold(net, mask, PROMPT, NEXT, "skip")
+    with opened(path) as model, opened(path, n_ctx=512) as other:
+        model.set_mask(mask)
+        model.feed(PROMPT)
+        size = llama_cpp.llama_state_seq_get_size(model.ctx, 0)
+        blob = (ctypes.c_uint8 * size)()
+        assert llama_cpp.llama_state_seq_get_data(model.ctx, blob, size, 0) == size
+        other.set_mask([1, 1, 1, 1])
+        assert llama_cpp.llama_state_seq_set_data(other.ctx, blob, size, 0) == size
+        assert (other.mask() == mask).all()
+        assert_same(np.concatenate([other.feed([t], 20 + i) for i, t in enumerate(NEXT)]), truth[20:])
+        assert llama_cpp.llama_state_seq_set_data(other.ctx, blob, size - 10, 0) == 0
+
+
+def test_layers_without_kv_cannot_come_back(tiny_model):
+    with opened(tiny_model("llama")[1]) as model:
+        model.feed(PROMPT)
+        model.set_mask([1, 0, 1, 1])
+        model.feed(NEXT[:2], 20)
+        with pytest.raises(InputError, match="skipped layer 1"):
+            model.set_mask([1, 1, 1, 1])
+        with pytest.raises(InputError):
+            native.set_mask(model.ctx, None)
+        model.set_mask([1, 0, 0, 1])
+        # Back in the prompt, which ran all layers.
+        import llama_cpp
+
+        llama_cpp.llama_memory_seq_rm(model.memory, 0, 15, -1)
+        model.set_mask([1, 1, 1, 1])
+
+
+def test_a_dense_prefix_is_scored_once(routed):
+    """Removing the end of a routed prompt and feeding another gives the decision of a fresh sequence."""
+    import llama_cpp
+
+    folder, recipe, path = routed("llama", prefill="full")
+    net = tiny.load(folder)
+    other = PROMPT[:12] + tiny.prompt(9, seed=77)
+    with opened(path) as model:
+        native.set_routing(model.ctx, True)
+        model.feed(PROMPT)
+        model.feed(NEXT, 20)
+        with pytest.raises(InputError):
+            native.begin(model.ctx)
+        llama_cpp.llama_memory_seq_rm(model.memory, 0, 12, -1)
+        native.begin(model.ctx)
+        model.feed(other[12:], 12)
+        native.commit(model.ctx)
+        mask, scores = tiny.decide(net, recipe, other)
+        assert (model.mask() == mask).all()
+        np.testing.assert_allclose(model.scores(), scores, atol=1e-4)
+
+
+def test_wrong_arguments_are_errors_not_aborts(tiny_model):
+    with opened(tiny_model("llama")[1]) as model:
+        for call in (
+            lambda: model.set_mask([1, 0]),
+            lambda: model.set_mask([1, 1, 1, 0], seq=5),
+            lambda: native.get_mask(model.ctx, 4, -1),
+            lambda: native.set_routing(model.ctx, True),
+            lambda: native.begin(model.ctx),
+            lambda: native.commit(model.ctx),
+            lambda: native.set_threshold(model.ctx, float("nan")),
+            lambda: native.set_prefill(model.ctx, 7),
+        ):
+            with pytest.raises(InputError):
+                call()
+        model.feed(PROMPT)
+
+
+def test_unsupported_architecture_is_refused_by_name(tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "mamba", vocab_size=tiny.VOCAB, hidden_size=64, num_hidden_layers=2, intermediate_size=128, time_step_rank=4
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "hf")
+    tiny.tokenizer(tiny.VOCAB).save_pretrained(tmp_path / "hf")
+    path = tiny.gguf(tmp_path / "hf", tmp_path / "mamba.gguf")
+    with opened(path) as native_model:
+        before = native_model.feed(PROMPT)
+        native_model.clear()
+        with pytest.raises(InputError, match="routing is not supported for 'mamba'"):
+            native_model.set_mask([1, 0])
+        assert (native_model.feed(PROMPT) == before).all()
+
+
+STOCK = Path(os.environ.get("PYFIRST_STOCK_LIB", Path(sys.prefix) / "stock" / "llama_cpp" / "lib"))
+DENSE_LOGITS = """
+import json, sys
+import numpy as np
+from native_model import opened
+path, out, tokens = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+with opened(path, f32_cache=False) as model:
+    rows = [model.feed(tokens)] + [model.feed([t], len(tokens) + i) for i, t in enumerate(tokens[:8])]
+np.save(out, np.concatenate(rows))
+"""
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "qwen3moe"])
+def test_dense_logits_are_those_of_the_unpatched_library(arch, tiny_model, routed, tmp_path):
+    """Bit for bit, also for a file with routers while routing is off."""
+    assert (STOCK / "libllama.so").exists(), f"no unpatched library in {STOCK}: run make test"
+    path = routed("llama", prefill="full")[2] if arch == "llama" else tiny_model(arch)[1]
+    results = []
+    for name, lib in (("patched", native.lib_dir()), ("stock", STOCK)):
+        code = DENSE_LOGITS
+        if name == "stock":
+            code = "import types, sys; sys.modules['pyfirst'] = types.ModuleType('pyfirst')\nsys.modules['pyfirst'].native = None\n" + code
+        env = {**os.environ, "LLAMA_CPP_LIB_PATH": str(lib), "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+        out = tmp_path / f"{name}.npy"
+        subprocess.run(
+            [sys.executable, "-c", code, str(path), str(out), json.dumps(PROMPT)], env=env, check=True, capture_output=True
+        )
+        results.append(np.load(out))
+    assert (results[0] == results[1]).all()
