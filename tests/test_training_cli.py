@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from safetensors.torch import load_file
 from pyfirst.errors import InputError
 from pyfirst.recipe import load_recipe
 from pyfirst.training import phases, report
-from pyfirst.training.data import MixedSampler, encode, hold_back, load_examples, read_jsonl
+from pyfirst.training.data import MixedSampler, encode, hold_back, load_examples, read_jsonl, read_rows
 from pyfirst.training.routers import FirstModel, Routers
 from pyfirst.training.train import build_parser, main, protected_layers, train
 
@@ -232,6 +234,39 @@ def test_wrong_options_end_in_one_line(folder, data, tmp_path, capsys, more, wor
     assert len([line for line in lines if "error:" in line]) == 1
     assert words in lines[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_distillation_changes_the_lora(folder, data, trained, tmp_path):
+    assert main(arguments(folder, data, tmp_path / "out", "--distill", "0.5")) == 0
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() != (trained / name).read_bytes()
+
+
+def test_a_data_set_by_name(monkeypatch):
+    class Table(list):
+        column_names = ("prompt", "response", "other")
+
+    fake = types.ModuleType("datasets")
+    fake.load_dataset = lambda name, split: Table([{"prompt": name, "response": split, "other": 1}])
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    assert read_rows("me/mine:dev") == [{"prompt": "me/mine", "response": "dev", "task": "mine"}]
+    Table.column_names = ("prompt", "text")
+    with pytest.raises(InputError, match="no column 'response'"):
+        read_rows("me/mine")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match="pip install datasets"):
+        read_rows("me/mine")
+
+
+def test_two_processes_write_one_recipe(folder, data, tmp_path):
+    """As `accelerate launch --cpu --num_processes 2 --module pyfirst.training.train ...` starts them."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [*launch, "-m", "pyfirst.training.train", *arguments(folder, data, tmp_path / "out")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("wrote") == 1
+    assert load_recipe(tmp_path / "out").config.training["steps"] == 5
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,33 @@ def read_jsonl(path: str | Path) -> list[dict[str, str]]:
     if not rows:
         raise InputError(f"{path}: no examples in it")
     return rows
+
+
+def read_rows(name: str) -> list[dict[str, str]]:
+    """As ``read_jsonl``, or the split of a data set, ``owner/name[:split]``, with the same columns."""
+    if (
+        Path(name).exists()
+        or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:\w+)?", name)
+        or name.endswith(".jsonl")
+    ):
+        return read_jsonl(name)
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise InputError(f"{name}: no such file; for data sets by name, pip install datasets") from None
+    dataset, _, split = name.partition(":")
+    try:
+        table = load_dataset(dataset, split=split or "train")
+        missing = {"prompt", "response"} - set(table.column_names)
+    except Exception as error:  # network, name, split and format all fail in their own ways
+        raise InputError(f"{name}: cannot be loaded as a data set ({error})") from error
+    if missing:
+        raise InputError(f"{name}: no column '{min(missing)}', found {', '.join(table.column_names)}")
+    task = dataset.split("/")[1]
+    return [
+        {"task": task, **{k: str(v) for k, v in row.items() if k in ("prompt", "response", "task")}}
+        for row in table
+    ]
 
 
 def encode(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], list[int]]:

@@ -45,9 +45,14 @@ def hard_gate_loss(
     return cross_entropy + weight * (scores.mean() - target).square()
 
 
-def steer(threshold: float, kept: float, target: float, rate: float = 0.02) -> float:
-    """threshold + rate * (kept - target), within [0.02, 0.98]: skip more when too much is kept."""
-    return min(max(threshold + rate * (kept - target), 0.02), 0.98)
+def steer(threshold: float, scores: torch.Tensor, target: float, rate: float = 0.2) -> float:
+    """threshold + rate * (q - threshold), q being the score that the share ``target`` of ``scores`` reaches.
+
+    A budget held by a penalty oscillates, and one held by threshold += rate * (kept - target) lags behind
+    routers that learn fast. The quantile is where the threshold has to go; the rate smooths over steps.
+    """
+    quantile = float(scores.float().flatten().quantile(1 - target))
+    return threshold + rate * (quantile - threshold)
 
 
 def distillation(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

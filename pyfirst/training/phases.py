@@ -19,7 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from pyfirst.errors import InputError
 from pyfirst.training import report
 from pyfirst.training.data import Example, MixedSampler, collate
-from pyfirst.training.objectives import hard_gate_loss, paper_loss, router_parameters, steer
+from pyfirst.training.objectives import distillation, hard_gate_loss, paper_loss, router_parameters, steer
 from pyfirst.training.routers import FirstModel
 
 # Non-finite steps in a row after which training is given up.
@@ -57,6 +57,7 @@ class PhaseTrainer(Trainer):
         self.first, self.phase, self.options, self.target = model, phase, options, target
         self.kept: list[float] = []
         self.losses: list[float] = []
+        self.scores: list[torch.Tensor] = []
         self.masks: deque[tuple[bool, ...]] = deque(maxlen=MEMORY)
         self.bad = 0
 
@@ -92,7 +93,13 @@ class PhaseTrainer(Trainer):
             self.masks.extend(map(tuple, output["keep"].tolist()))
             if self.phase.soft:
                 loss = paper_loss(loss, output["scores"][:, free], self.options.penalty)
-            elif self.phase.routers:
+            elif self.options.distill:
+                with torch.no_grad():
+                    teacher = first(**inputs, dense=True)["token_logits"]
+                share = self.options.distill
+                loss = (1 - share) * loss + share * distillation(output["token_logits"], teacher)
+            if self.phase.routers and not self.phase.soft:
+                self.scores.append(output["scores"][:, free].detach())
                 loss = hard_gate_loss(loss, output["scores"][:, free], self.target, weight=1.0)
         self.losses.append(float(output["loss"].detach()))
         return (loss, output) if return_outputs else loss
@@ -130,19 +137,16 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
-        numbers = torch.tensor(
-            [
-                sum(trainer.losses) / max(len(trainer.losses), 1),
-                sum(trainer.kept) / len(trainer.kept) if trainer.kept else 1.0,
-            ],
-            device=args.device,
-        )
-        loss, kept = trainer.accelerator.reduce(numbers, "mean").tolist()
-        trainer.losses.clear()
-        trainer.kept.clear()
         first, phase = trainer.first, trainer.phase
-        if phase.routers and not phase.soft:
-            first.threshold.fill_(steer(float(first.threshold), kept, trainer.target))
+        steered = float(first.threshold)
+        if phase.routers and not phase.soft and not bool(first.protected.all()):
+            steered = steer(steered, torch.cat(trainer.scores), trainer.target)
+        means = [sum(x) / max(len(x), 1) for x in (trainer.losses, trainer.kept or [1.0])]
+        numbers = torch.tensor([*means, steered], device=args.device)
+        loss, kept, steered = trainer.accelerator.reduce(numbers, "mean").tolist()
+        first.threshold.fill_(steered)
+        for values in (trainer.losses, trainer.kept, trainer.scores):
+            values.clear()
         self.recent.append((loss, kept))
         if state.global_step % max(1, min(10, phase.steps // 5)) == 0 or state.global_step == phase.steps:
             loss = sum(x for x, _ in self.recent) / len(self.recent)

@@ -338,9 +338,10 @@ class FirstModel(nn.Module):
             keep: bool [L] or [B, L] to force masks instead of deciding.
             dense: run every layer for every token.
 
-        Returns a dict: ``loss`` (mean cross-entropy per response token, nats), ``token_loss`` float32 [N] and
-        ``rows`` int64 [N] for the N response tokens when labels are given; ``logits`` otherwise; ``keep``
-        bool [B, L] and ``scores`` float32 [B, L] (empty when forced or dense).
+        Returns a dict: ``loss`` (mean cross-entropy per response token, nats), ``token_loss`` float32 [N],
+        ``token_logits`` [N, V] and ``rows`` int64 [N] for the N response tokens when labels are given;
+        ``logits`` [B, T, V] otherwise; ``keep`` bool [B, L] and ``scores`` float32 [B, L] (empty when forced
+        or dense).
         """
         attention_mask, prompt = attention_mask.long(), prompt_mask.bool()
         route = self._start(prompt, keep)
@@ -373,9 +374,11 @@ class FirstModel(nn.Module):
             logits = logits[:, columns]
         targets = labels[:, columns + 1]
         wanted = targets != -100
-        token_loss = nn.functional.cross_entropy(logits[wanted].float(), targets[wanted], reduction="none")
+        logits = logits[wanted]
+        token_loss = nn.functional.cross_entropy(logits.float(), targets[wanted], reduction="none")
         rows = torch.arange(len(targets), device=targets.device)[:, None].expand_as(targets)[wanted]
-        return {**result, "loss": token_loss.mean(), "token_loss": token_loss, "rows": rows}
+        result.update({"token_loss": token_loss, "token_logits": logits, "rows": rows})
+        return {**result, "loss": token_loss.mean()}
 
     @torch.no_grad()
     def decide(

@@ -30,9 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("-m", "--model", required=True, metavar="DIR", help="Hugging Face model directory (or hub name)")
-    add(
-        "--data", required=True, nargs="+", metavar="FILE", help='JSON lines {"prompt", "response"[, "task"]}'
-    )
+    data_help = 'JSON lines {"prompt", "response"[, "task"]}, or owner/name[:split] of the datasets library'
+    add("--data", required=True, nargs="+", metavar="FILE", help=data_help)
     add("--out", required=True, metavar="DIR", help="recipe directory to write")
     add("--force", action="store_true", help="replace the recipe in --out")
     add("--phase", choices=("both", "routers", "lora"), default="both", help="what to train (default: both)")
@@ -65,6 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="with --prefill skip: prompt tokens that decide (default: 512)",
     )
     add("--router-norm", choices=NORMS, default="rms", help="normalisation before the router (default: rms)")
+    distill_help = "share of the loss that is divergence from the model with all layers (default: 0)"
+    add("--distill", type=float, default=0.0, metavar="SHARE", help=distill_help)
     add("--penalty", type=float, default=0.01, help="lambda of --objective paper (default: 0.01)")
     add(
         "--max-length", type=int, default=512, help="tokens an example; longer prompts are cut (default: 512)"
@@ -95,6 +96,8 @@ def check(args: argparse.Namespace) -> None:
             raise InputError(
                 f"--{option.replace('_', '-')} is {getattr(args, option)}, expected a positive number"
             )
+    if not 0 <= args.distill <= 1:
+        raise InputError(f"--distill is {args.distill}, expected a share from 0 to 1, such as 0.5")
     if not 0 <= args.target_skip < 1:
         raise InputError(
             f"--target-skip is {args.target_skip}, expected a share from 0 to below 1, such as 0.25"
@@ -152,7 +155,7 @@ def train(args: argparse.Namespace) -> Path:
     from peft import LoraConfig, get_peft_model
 
     from pyfirst.training import report
-    from pyfirst.training.data import hold_back, load_examples, read_jsonl
+    from pyfirst.training.data import hold_back, load_examples, read_rows
     from pyfirst.training.objectives import leave_one_out, start_from
     from pyfirst.training.phases import Phase, run_phase
     from pyfirst.training.routers import FirstModel, Routers
@@ -162,7 +165,7 @@ def train(args: argparse.Namespace) -> Path:
         transformers.logging.disable_progress_bar()
         logging.getLogger("accelerate").setLevel(logging.ERROR)
     started = time.monotonic()
-    rows = [row for file in args.data for row in read_jsonl(file)]
+    rows = [row for file in args.data for row in read_rows(file)]
     earlier = load_recipe(args.recipe) if args.recipe else None
     base, tokenizer = load_model(args.model, args.bf16)
     base.requires_grad_(False)
@@ -264,7 +267,8 @@ def train(args: argparse.Namespace) -> Path:
         ]
     out = Path(args.out)
     work = out.parent / f".{out.name}.work"
-    if not args.resume:
+    first_process = int(os.environ.get("RANK", "0")) == 0
+    if first_process and not args.resume:
         shutil.rmtree(work, ignore_errors=True)
     history = []
     for number, (prepare, phase) in enumerate(phases):
@@ -298,7 +302,7 @@ def train(args: argparse.Namespace) -> Path:
         "held_back": results,
         "warnings": warnings,
     }
-    if int(os.environ.get("RANK", "0")) == 0:
+    if first_process:
         write(out, model, config, args)
         shutil.rmtree(work, ignore_errors=True)
     for warning in warnings:
