@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from first_convert import merge, pack
@@ -63,8 +64,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
 
         def read(name: str) -> torch.Tensor:
             tensor = checkpoint.tensors[name]
-            data = torch.frombuffer(bytearray(tensor.read()), dtype=lazy._dtype_str_map[tensor.dtype])
-            return data.reshape(tensor.shape)
+            raw = np.fromfile(tensor.path, np.uint8, tensor.size, offset=tensor.start)
+            return torch.from_numpy(raw).view(lazy._dtype_str_map[tensor.dtype]).reshape(tensor.shape)
 
         def index_tensors(self: Any, *args: Any, **kwargs: Any) -> Any:
             tensors = index(self, *args, **kwargs)

@@ -294,7 +294,7 @@ def plan(checkpoint: Checkpoint, directory: str | Path) -> Merge:
         return found_name
 
     def reader(name: str) -> Callable[[Read], torch.Tensor]:
-        """Base values of a parameter, float32: the adapter's own copy where it brings one."""
+        """A copy of a parameter's base values, float32; the adapter's own where it brings one."""
         if name in whole:
             return functools.partial(_copy, whole[name])
         source = stored(name)
@@ -329,12 +329,12 @@ def plan(checkpoint: Checkpoint, directory: str | Path) -> Merge:
             bias: Callable[[Read], torch.Tensor] | None = read_bias,
         ) -> torch.Tensor:
             base = module.get_base_layer()
-            base.weight = nn.Parameter(weight(read).clone(), requires_grad=False)
+            base.weight = nn.Parameter(weight(read), requires_grad=False)
             if bias is not None:
-                base.bias = nn.Parameter(bias(read).clone(), requires_grad=False)
+                base.bias = nn.Parameter(bias(read), requires_grad=False)
             with torch.no_grad():
-                module.merge(safe_merge=True)
-            merged = getattr(base, part).detach()
+                module.merge()  # the reader gave a copy, so merging in place is safe
+            merged = getattr(base, part).data
             module.merged_adapters.clear()
             base.weight = nn.Parameter(torch.empty(0), requires_grad=False)
             return merged
