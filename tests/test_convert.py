@@ -508,3 +508,64 @@ def test_local_folders_never_touch_the_network(tiny_model, tmp_path, monkeypatch
 def test_python_call_raises_what_the_command_prints(tiny_model, tmp_path):
     with pytest.raises(InputError, match="unknown outtype"):
         convert.convert(tiny_model("llama")[0], outfile=tmp_path / "o.gguf", outtype="q9")
+
+
+def test_hub_names_are_fetched_and_folders_are_not(tiny_model, tmp_path, monkeypatch, capsys):
+    import huggingface_hub
+
+    model, upstreams = tiny_model("llama")
+    recipe = tiny.recipe(tmp_path / "recipe", model)
+    asked = []
+
+    def snapshot_download(name, allow_patterns=None):
+        asked.append(name)
+        if name == "some/nothing":
+            raise OSError("404 Client Error")
+        return str({"some/model": model, "some/recipe": recipe}[name])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    convert.convert("some/model", first="some/recipe", outfile="out.gguf", outtype="f32")
+    assert contents(tmp_path / "out.gguf")[1] == contents(upstreams)[1] and len(asked) == 2
+    assert "404" in refused(capsys, tmp_path / "other.gguf", "some/nothing")
+    asked.clear()
+    convert.convert(model, first="recipe", outfile="third.gguf", outtype="f32")
+    assert not asked
+
+
+def test_result_that_llama_cpp_cannot_load_is_never_published(tmp_path, capsys):
+    model = tiny.make("gemma3", tmp_path / "hf")
+    tiny.tokenizer().save_pretrained(model)  # 377 tokens: upstream cuts the 384 embeddings to 380
+    text = refused(capsys, tmp_path / "out.gguf", model)
+    assert "does not load the result" in text and "token_embd.weight" in text
+
+
+PEAK = """
+import resource, sys
+from first_convert.convert import main
+assert main(sys.argv[1:]) == 0
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_layers(processes, tmp_path):
+    """Sharded bfloat16 models of 4 and 12 layers of 10 MB; the peak of the largest process, in MB."""
+    peaks = []
+    for layers in (4, 12):
+        model = tmp_path / f"hf{layers}"
+        tiny.make(
+            "llama", model, num_hidden_layers=layers, hidden_size=1024, intermediate_size=1024, head_dim=256
+        )
+        recipe = tiny.recipe(tmp_path / f"recipe{layers}", model)
+        tiny.adapter(model, recipe)
+        net = tiny.load(model).to(torch.bfloat16)
+        (model / "model.safetensors").unlink()
+        net.save_pretrained(model, max_shard_size="20MB")
+        out = tmp_path / f"{layers}.gguf"
+        command = [sys.executable, "-c", PEAK, model, "--first", recipe, "--outfile", out]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout.split()[-1]))
+    grown = (tmp_path / "12.gguf").stat().st_size - (tmp_path / "4.gguf").stat().st_size
+    assert grown > 30e6  # as q8_0; the merged weights of the difference take four times that
+    assert peaks[1] - peaks[0] < 60, peaks

@@ -197,3 +197,24 @@ def free_bytes(path: Path) -> int:
     """Bytes that this user may still write to the file system of ``path``."""
     stat = os.statvfs(path)
     return stat.f_bavail * stat.f_frsize
+
+
+def local_folder(name: str | Path, *, weights: bool) -> Path:
+    """A folder as it is, or the local copy of a Hub repository "owner/name", fetched when needed.
+
+    ``weights``: a model, of which only config, tokenizer, card and weights are fetched; else a whole recipe.
+    A folder that exists never touches the network. Raises InputError.
+    """
+    path = Path(name)
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or str(name).startswith("."):
+        return path
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "*.safetensors"]
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=patterns if weights else None))
+    except Exception as error:  # the Hub's client has a dozen kinds, down to the HTTP library's own
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{name}: no such folder, and not from the Hugging Face Hub ({reason[:200]})"
+        ) from None

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from first_convert import pack, quantize
-from first_convert.checkpoint import Checkpoint, free_bytes, read_json
+from first_convert.checkpoint import Checkpoint, free_bytes, local_folder, read_json
 from first_convert.upstream import gguf, native
 from pyfirst.cli import common
 from pyfirst.errors import InputError
@@ -35,10 +35,13 @@ def build_parser() -> argparse.ArgumentParser:
         "first-convert smollm2-135m-hf --first recipe --outfile smollm2-first.gguf --outtype q4_k_m",
     )
     parser.add_argument(
-        "model_dir", nargs="?", metavar="MODEL_DIR", help="model folder with config.json and weights"
+        "model_dir",
+        nargs="?",
+        metavar="MODEL_DIR",
+        help="model folder, or owner/name on the Hugging Face Hub",
     )
     parser.add_argument(
-        "--first", metavar="RECIPE_DIR", help="recipe of first-train: routers and, if trained, a LoRA"
+        "--first", metavar="RECIPE_DIR", help="recipe of first-train (routers, LoRA), folder or Hub name"
     )
     parser.add_argument("--lora", metavar="ADAPTER_DIR", help="PEFT LoRA to merge, when the recipe has none")
     parser.add_argument(
@@ -287,13 +290,15 @@ def convert(
     if outfile.exists() and not force:
         raise InputError(f"{outfile}: exists already; --force replaces it")
     outfile = outfile.absolute()
+    if first is not None:
+        first = local_folder(first, weights=False)
     recipe = load_recipe(first) if first is not None else None
 
     source = base_gguf if base_gguf is not None else strip
     if source is not None:
         return _from_gguf(Path(source), outfile, recipe, dry_run, started)
 
-    checkpoint = Checkpoint(model_dir if model_dir is not None else "")
+    checkpoint = Checkpoint(local_folder(model_dir or "", weights=True))
     adapter = _lora_dir(recipe, lora)
     if recipe is not None:
         _check_recipe(checkpoint, recipe)
