@@ -259,11 +259,11 @@ def test_a_data_set_by_name(monkeypatch):
 
 
 def test_two_processes_write_one_recipe(folder, data, tmp_path):
-    """As `accelerate launch --cpu --num_processes 2 --module pyfirst.training.train ...` starts them."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    """`accelerate launch` starts processes in the same way where there are several GPUs, but not on CPUs."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, "-m", "pyfirst.training.train", *arguments(folder, data, tmp_path / "out")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("wrote") == 1
     assert load_recipe(tmp_path / "out").config.training["steps"] == 5
