@@ -162,17 +162,39 @@ def test_training_forward_is_generation(folder, prefill):
     assert not keep.all()
 
 
-def test_gradients_reach_the_routers_through_hard_masks_and_not_below(folder):
-    model = routed(folder, protected=[0])
+@pytest.mark.parametrize("prefill", ["full", "skip"])
+def test_straight_through_is_the_gradient_of_a_gate(folder, prefill):
+    """d loss / d mean score is that of g in h + g * (layer(h) - h), taken at the hard g of 0 or 1."""
+    model = routed(folder, prefill=prefill, protected=[0])
     model.base.requires_grad_(False)
+    with torch.no_grad():
+        model.routers.weight.zero_()
+        model.routers.bias.copy_(torch.tensor([-1.0, 0.3, -0.2, 0.1]))
     batch = collate([Example([5, 6, 7, 8], [9, 10, 2], "a", ""), Example([50, 60], [70, 2], "a", "")])
-    model(**batch)["loss"].backward()
-    rows = model.routers.weight.grad.abs().sum(1)
-    assert rows[0] == 0
-    assert (rows[1:] > 0).all()
-    # d loss / d keep_l is <d loss / d h_(l+1), layer_l(h) - h> on response tokens: compare with a blend.
-    scores = model(**batch)["scores"]
-    assert scores.shape == (2, 4)
+    output = model(**batch)
+    assert output["keep"].tolist() == [[True, True, False, True]] * 2
+    output["loss"].backward()
+    model.unwrap()
+    gates = torch.tensor([1.0, 1.0, 0.0, 1.0], requires_grad=True)
+    routed_tokens = (batch["prompt_mask"] == 0)[..., None] if prefill == "full" else torch.ones(2, 7, 1)
+
+    def blend(index, original):
+        def forward(hidden, *args, **kwargs):
+            new = original(hidden, *args, **kwargs)
+            return hidden + torch.where(routed_tokens.bool(), gates[index], 1.0) * (new - hidden)
+
+        return forward
+
+    for index, layer in enumerate(model.layers):
+        layer.forward = blend(index, layer.forward)
+    loss = model(**batch, dense=True)["loss"]
+    assert abs(float(loss) - float(output["loss"])) < 1e-5
+    loss.backward()
+    score = torch.sigmoid(model.routers.bias.detach())
+    expected = gates.grad * score * (1 - score)
+    expected[0] = 0  # protected
+    assert (model.routers.bias.grad - expected).abs().max() < 1e-5
+    assert model.routers.bias.grad[1:].abs().min() > 1e-4
 
 
 def test_a_skipped_layer_may_be_not_finite(folder):
