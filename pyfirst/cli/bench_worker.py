@@ -1,0 +1,164 @@
+"""One libllama under measurement: a process that obeys JSON lines on stdin, each answered by one on stdout.
+
+The library is what LLAMA_CPP_LIB_PATH says; with "--plain" it need not be the patched one. Only functions of
+llama.cpp are timed: no sampling, no detokenising, no Python beyond one call a step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+
+class Runner:
+    """A model with a context for plain runs and one for runs with masks, whose graphs hold the regions."""
+
+    def __init__(self, plain: bool):
+        self.native: Any = None
+        if not plain:
+            from pyfirst import native
+
+            self.native = native
+        import llama_cpp
+
+        self.llama = llama_cpp
+        if plain and hasattr(llama_cpp.llama_cpp._lib, "llama_first_api_version"):
+            raise ValueError(
+                f"{os.environ['LLAMA_CPP_LIB_PATH']}: this library is patched, expected a stock one"
+            )
+        logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL + 1)
+        llama_cpp.llama_backend_init()
+
+    def open(self, model: str, threads: int, n_ctx: int) -> dict[str, Any]:
+        """Load the model and make the contexts."""
+        llama = self.llama
+        reasons: list[str] = []
+        with self.native.captured_errors() if self.native else contextlib.nullcontext(reasons) as reasons:
+            self.model = llama.llama_model_load_from_file(
+                os.fsencode(model), llama.llama_model_default_params()
+            )
+        if not self.model:
+            reason = reasons[0].partition(": ")[2] if reasons else "llama.cpp does not load it"
+            raise ValueError(f"{model}: {reason}")
+        params = llama.llama_context_default_params()
+        params.n_ctx = params.n_batch = n_ctx
+        params.n_ubatch = min(n_ctx, 512)
+        params.n_threads = params.n_threads_batch = threads
+        self.contexts = {}
+        for name in ("plain",) if self.native is None else ("plain", "masked"):
+            self.contexts[name] = llama.llama_init_from_model(self.model, params)
+            if not self.contexts[name]:
+                raise ValueError(f"{model}: no context")
+        self.n_layer = llama.llama_model_n_layer(self.model)
+        n_vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self.model))
+        rng = random.Random(0)
+        self.tokens = [rng.randrange(n_vocab) for _ in range(n_ctx)]
+        if self.native is not None:
+            self._mask([])  # refused here where layers cannot be skipped
+        return {"n_layer": self.n_layer}
+
+    def _clear(self, name: str) -> None:
+        llama = self.llama
+        llama.llama_memory_clear(llama.llama_get_memory(self.contexts[name]), False)
+
+    def _mask(self, skip: Sequence[int]) -> None:
+        import numpy as np
+
+        mask = np.ones(self.n_layer, bool)
+        mask[list(skip)] = False
+        self.native.set_mask(self.contexts["masked"], mask)
+
+    def _decode(self, context: Any, tokens: Any) -> None:
+        # llama_batch_get_one points into the array: the caller holds it.
+        if self.llama.llama_decode(context, self.llama.llama_batch_get_one(tokens, len(tokens))):
+            raise RuntimeError("llama_decode failed")
+        self.llama.llama_synchronize(context)
+
+    def measure(self, name: str, skip: Sequence[int], n_prompt: int, n_decode: int) -> dict[str, float]:
+        """Seconds for a prompt, which skips too, and for n_decode single tokens after it."""
+        context, token_type = self.contexts[name], self.llama.llama_token
+        self._clear(name)
+        if name == "masked":
+            self._mask(skip)
+        prompt = (token_type * n_prompt)(*self.tokens[:n_prompt])
+        steps = [(token_type * 1)(token) for token in self.tokens[n_prompt : n_prompt + n_decode]]
+        start = time.perf_counter()
+        self._decode(context, prompt)
+        read = time.perf_counter()
+        for step in steps:
+            self._decode(context, step)
+        return {"prefill": read - start, "decode": time.perf_counter() - read}
+
+    def rebuilds(self, steps: int) -> dict[str, int]:
+        """Decode with a mask that changes before every step; count the graphs that were not reused.
+
+        A live sequence only loses layers, since what it skipped has no keys and values. When one layer is
+        left the sequence starts afresh, and all layers come back at once.
+        """
+        context, token = self.contexts["masked"], (self.llama.llama_token * 1)(self.tokens[0])
+        rng, off = random.Random(1), list[int]()
+
+        def change() -> None:
+            nonlocal off
+            left = [layer for layer in range(self.n_layer) if layer not in off]
+            if len(left) < 2:
+                self._clear("masked")
+                off = []
+                return self._mask(off)
+            off = [*off, rng.choice(left)]
+            self._mask(off)
+
+        self._clear("masked")
+        self._mask(off)
+        for _ in range(2):  # from here on each step finds a graph for one token
+            self._decode(context, token)
+        before = self.llama.llama_perf_context(context).n_reused
+        for _ in range(steps):
+            change()
+            self._decode(context, token)
+        return {
+            "steps": steps,
+            "rebuilds": steps - (self.llama.llama_perf_context(context).n_reused - before),
+        }
+
+    def load(self, model: str) -> dict[str, float]:
+        """Seconds to load a file and free it."""
+        start = time.perf_counter()
+        loaded = self.llama.llama_model_load_from_file(
+            os.fsencode(model), self.llama.llama_model_default_params()
+        )
+        if not loaded:
+            raise ValueError(f"{model}: does not load")
+        self.llama.llama_model_free(loaded)
+        return {"seconds": time.perf_counter() - start}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serve until stdin ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, who closes stdin
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever a library prints must not look like an answer
+    runner: Runner | None = None
+    for line in sys.stdin:
+        try:
+            job = json.loads(line)
+            if runner is None:
+                runner = Runner("--plain" in argv)
+            answer = getattr(runner, job.pop("do"))(**job)
+        except Exception as error:
+            expected = isinstance(error, (ValueError, OSError, ImportError))
+            answer = {"error": str(error) or type(error).__name__, "expected": expected}
+        print(json.dumps(answer), file=answers, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

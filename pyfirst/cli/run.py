@@ -1,0 +1,254 @@
+"""first-run: a GGUF file answers a prompt, leaving out the layers that the prompt does not need."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyfirst.cli import common
+from pyfirst.errors import InputError
+from pyfirst.metadata import PREFILL_MODES
+
+if TYPE_CHECKING:
+    from pyfirst.cli.session import Session
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of first-run."""
+    parser = common.parser(
+        "first-run",
+        "Run a GGUF model on a prompt; its routers decide which layers are left out.\n"
+        "The text goes to stdout, then one line to stderr: layers kept, tokens and tokens/s.",
+        'first-run -m smollm2-first.gguf --chat -p "Name three rivers of France." --temp 0',
+    )
+    add = parser.add_argument
+    add("-m", "--model", required=True, metavar="FILE", help="GGUF file; without routers it runs dense")
+    add("-p", "--prompt", metavar="TEXT", help="text to continue, or with --chat the user's message")
+    add(
+        "-f",
+        "--file",
+        metavar="FILE",
+        help="read the prompt from a UTF-8 file, - is stdin; a final newline is dropped",
+    )
+    add(
+        "-n",
+        "--n-predict",
+        type=int,
+        default=128,
+        metavar="N",
+        help="tokens to generate, -1: no limit (default: 128)",
+    )
+    add(
+        "-c",
+        "--ctx-size",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="tokens of prompt and answer; never more than the model was trained for (default: 2048)",
+    )
+    add("-t", "--threads", type=int, metavar="N", help="threads (default: the CPUs this process may use)")
+    add("--temp", type=float, default=0.8, help="sampling temperature, 0: the likeliest token (default: 0.8)")
+    add("--seed", type=int, metavar="N", help="seed of the sampling, -1: random (default: random)")
+    add(
+        "--chat",
+        action="store_true",
+        help="use the model's chat template; without -p and -f each line of input is a message, until Ctrl-D",
+    )
+    add("--dense", action="store_true", help="skip no layer")
+    add("--threshold", type=float, metavar="T", help="keep layers scored T or more (default: the file's)")
+    add("--skip", metavar="SHARE", help="skip this share of the layers on average, such as 20%% or 0.2")
+    add("--skip-layers", metavar="LIST", help="skip exactly these layers, such as 3,5,7; the first is 0")
+    add("--prefill", choices=PREFILL_MODES, help="skip: the prompt skips too (default: the file's, or full)")
+    add("--json", action="store_true", help="print one JSON object instead of streaming the text")
+    return parser
+
+
+def parse_share(text: str) -> float:
+    """'20%' or '0.2' as a number from 0 to 1. Raises InputError."""
+    number = text.strip()
+    try:
+        share = float(number[:-1]) / 100 if number.endswith("%") else float(number)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise InputError(f"--skip is '{text}', expected a share of the layers such as 20% or 0.2")
+    return share
+
+
+def parse_layers(text: str) -> list[int]:
+    """'3,5,7' as layer indices. Raises InputError."""
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if not (part.isascii() and part.isdigit()):
+            raise InputError(f"--skip-layers is '{text}', expected layer numbers such as 3,5,7")
+    return [int(part) for part in parts]
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse impossible options before anything is loaded. Raises InputError."""
+    chosen = [
+        option
+        for option in ("--dense", "--threshold", "--skip", "--skip-layers")
+        if getattr(args, option[2:].replace("-", "_")) not in (None, False)
+    ]
+    if len(chosen) > 1:
+        raise InputError(f"{' and '.join(chosen)} exclude each other")
+    if args.prompt is not None and args.file is not None:
+        raise InputError("-p and -f exclude each other")
+    if args.n_predict < 1 and args.n_predict != -1:
+        raise InputError(f"-n is {args.n_predict}, expected at least 1 token, or -1 for no limit")
+    if args.ctx_size < 2:
+        raise InputError(f"-c is {args.ctx_size}, expected at least 2 tokens")
+    if args.threads is not None and args.threads < 1:
+        raise InputError(f"-t is {args.threads}, expected at least 1 thread")
+    if not (args.temp >= 0 and math.isfinite(args.temp)):
+        raise InputError(f"--temp is {args.temp}, expected 0 or more")
+    if args.seed is not None and not -1 <= args.seed < 2**32 - 1:
+        raise InputError(f"--seed is {args.seed}, expected 0 to {2**32 - 2}, or -1 for a random one")
+
+
+def read_prompt(prompt: str | None, file: str | None) -> str | None:
+    """The prompt's text, None where neither is given. Raises InputError or OSError."""
+    if file is not None:
+        raw = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        try:
+            prompt = raw.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file}: not UTF-8 text (byte {error.start})") from None
+    if prompt is None:
+        return None
+    if not prompt:
+        raise InputError("the prompt is empty: at least one token must decide")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError("-p is not UTF-8 text") from None
+    return prompt
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The line that follows an answer."""
+    first, usage, timings = result["first"], result["usage"], result["timings"]
+    kept = f"kept {first['kept']}/{first['n_layer']} layers"
+    if first["mode"] == "dense" and not result["routers"]:
+        kept += " (no routers in this file)"
+    reused = usage["prompt_tokens"] - timings["prompt_tokens"]
+    prompt = f"prompt {usage['prompt_tokens']} tokens" + (f" ({reused} reused)" if reused else "")
+    decode = f"decode {usage['completion_tokens']} tokens"
+    if timings["decode_tokens_per_s"]:
+        decode += f", {timings['decode_tokens_per_s']:.1f} tokens/s"
+    return f"{kept}; {prompt}, {timings['prompt_tokens_per_s']:.1f} tokens/s; {decode}"
+
+
+def run(
+    model: str,
+    prompt: str,
+    *,
+    chat: bool = False,
+    n_predict: int = 128,
+    temp: float = 0.8,
+    seed: int | None = None,
+    on_text: Callable[[str], None] | None = None,
+    **session: Any,
+) -> dict[str, Any]:
+    """Answer one prompt; what --json prints.
+
+    ``chat`` makes the prompt a user's message. ``session`` takes the arguments of
+    pyfirst.cli.session.Session, the others are those of its answer(). Raises InputError (a ValueError).
+    """
+    from pyfirst.cli.session import Session
+
+    with Session(model, **session) as opened:
+        asked = [{"role": "user", "content": prompt}] if chat else prompt
+        return opened.answer(asked, n_predict=n_predict, temp=temp, seed=seed, on_text=on_text)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _say(text: str) -> None:
+    print(f"first-run: {text}", file=sys.stderr, flush=True)
+
+
+def _fit(session: Session, history: list[dict[str, str]]) -> None:
+    """Drop the oldest turns until the chat leaves room for an answer."""
+    while len(history) > 1 and len(session.tokens(history)) >= session.ctx:
+        del history[:2]
+
+
+def converse(session: Session, **options: Any) -> None:
+    """Answer each line of stdin as the next message of one chat, until it ends. Raises InputError."""
+    terminal = sys.stdin.isatty()
+    history: list[dict[str, str]] = []
+    while True:
+        if terminal:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            break
+        if not line.strip():
+            continue
+        history.append({"role": "user", "content": line.strip()})
+        _fit(session, history)
+        result = session.answer(history, on_text=_write, **options)
+        _write("\n")
+        _say(summary(result))
+        history.append({"role": "assistant", "content": result["text"]})
+    if terminal:
+        print(file=sys.stderr)
+    elif not history:
+        raise InputError("no prompt: give one with -p or -f, or messages on stdin")
+
+
+def command(args: argparse.Namespace) -> None:
+    """Run the parsed command."""
+    _check(args)
+    prompt = read_prompt(args.prompt, args.file)
+    if prompt is None and not args.chat:
+        raise InputError("no prompt: give one with -p or -f, or chat with --chat")
+    if prompt is None and args.json:
+        raise InputError("--json answers one prompt: give it with -p or -f")
+    options: dict[str, Any] = {
+        "n_predict": args.n_predict,
+        "temp": args.temp,
+        "seed": None if args.seed == -1 else args.seed,
+    }
+    settings: dict[str, Any] = {
+        "ctx": args.ctx_size,
+        "threads": args.threads,
+        "dense": args.dense,
+        "threshold": args.threshold,
+        "skip": None if args.skip is None else parse_share(args.skip),
+        "skip_layers": None if args.skip_layers is None else parse_layers(args.skip_layers),
+        "prefill": args.prefill,
+        "verbose": args.verbose,
+    }
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character must not end us
+    if prompt is None:
+        from pyfirst.cli.session import Session
+
+        with Session(args.model, sticky=True, **settings) as session:
+            converse(session, **options)
+        return
+    result = run(
+        args.model, prompt, chat=args.chat, on_text=None if args.json else _write, **options, **settings
+    )
+    _write(json.dumps(result) + "\n" if args.json else "\n")
+    _say(summary(result))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of first-run."""
+    return common.run(build_parser, command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""A model that answers prompts for first-run: text as it comes, what was decided, and how long it took."""
+
+from __future__ import annotations
+
+import codecs
+import logging
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pyfirst.errors import InputError
+from pyfirst.info import info
+from pyfirst.llama import FirstLlama
+
+import llama_cpp  # isort: skip  (after pyfirst, which points it at our library)
+from llama_cpp._logger import GGML_LOG_LEVEL_TO_LOGGING_LEVEL
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+# llama-cpp-python takes llama.cpp's warnings (3) for errors and prints them even when told to be quiet.
+GGML_LOG_LEVEL_TO_LOGGING_LEVEL[3] = logging.WARNING
+
+CLOCK = "time.perf_counter around reading the prompt and around each later step; sampling included"
+
+
+class _CountingLlama(FirstLlama):
+    """Counts the tokens that are computed: fewer than the prompt's where its beginning is reused."""
+
+    n_computed = 0
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        self.n_computed += len(tokens)
+        super().eval(tokens)
+
+
+class Session:
+    """An open model. Raises InputError for whatever does not fit the file.
+
+    Args:
+        model: GGUF file.
+        ctx: context length in tokens, prompt and answer; at most what the model was trained for.
+        threads: default: the CPUs this process may use.
+        dense: no layer is skipped.
+        threshold, skip, skip_layers, prefill, sticky: as in FirstLlama.
+        verbose: let llama.cpp log to stderr.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        ctx: int = 2048,
+        threads: int | None = None,
+        dense: bool = False,
+        threshold: float | None = None,
+        skip: float | None = None,
+        skip_layers: Sequence[int] | None = None,
+        prefill: str | None = None,
+        sticky: bool = False,
+        verbose: bool = False,
+    ):
+        found = info(model)
+        self.routers = bool(found["routers"])
+        for name, value in (("threshold", threshold), ("skip", skip)):
+            if value is not None and not self.routers:
+                raise InputError(f"{model}: no routers in this file, so --{name} has nothing to decide")
+        self.ctx = min(ctx, found["context_length"] or ctx)
+        self.mode = "dense" if dense else "forced" if skip_layers is not None else "routed"
+        if self.mode == "routed" and not self.routers:
+            self.mode = "dense"
+        self.llm = _CountingLlama(
+            model,
+            routing=self.mode == "routed",
+            threshold=threshold,
+            skip=skip,
+            skip_layers=skip_layers,
+            prefill=prefill,
+            sticky=sticky,
+            n_ctx=self.ctx,
+            n_threads=threads,
+            n_threads_batch=threads,
+            verbose=verbose,
+        )
+        self._formatter: Jinja2ChatFormatter | None = None
+
+    def close(self) -> None:
+        """Free the model."""
+        self.llm.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def tokens(self, prompt: str | list[dict[str, str]]) -> list[int]:
+        """Token ids of a text to continue, or of chat messages in the model's own template."""
+        if isinstance(prompt, str):
+            return self.llm.tokenize(prompt.encode("utf-8"), add_bos=True, special=True)
+        try:
+            text = self._chat_formatter()(messages=prompt).prompt  # type: ignore[arg-type]
+        except InputError:
+            raise
+        except Exception as error:
+            # Templates are programs of the model's author: they raise what they like.
+            path = self.llm.model_path
+            raise InputError(f"{path}: the chat template refuses the messages: {error}") from error
+        return self.llm.tokenize(text.encode("utf-8"), add_bos=False, special=True)
+
+    def _chat_formatter(self) -> Jinja2ChatFormatter:
+        if self._formatter is None:
+            template = self.llm.metadata.get("tokenizer.chat_template")
+            if not template:
+                raise InputError(f"{self.llm.model_path}: no chat template in this file; leave out --chat")
+            vocab, texts = self.llm._model.vocab, []
+            for token in (self.llm.token_eos(), self.llm.token_bos()):
+                text = llama_cpp.llama_vocab_get_text(vocab, token) if token != -1 else b""
+                texts.append((text or b"").decode("utf-8", "replace"))
+            self._formatter = Jinja2ChatFormatter(template, eos_token=texts[0], bos_token=texts[1])
+        return self._formatter
+
+    def answer(
+        self,
+        prompt: str | list[dict[str, str]],
+        *,
+        n_predict: int = 128,
+        temp: float = 0.8,
+        seed: int | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> dict[str, Any]:
+        """Continue a text, or answer chat messages.
+
+        Args:
+            prompt: text, or [{"role", "content"}, ...].
+            n_predict: tokens to generate at most; -1: until the context is full.
+            temp: 0 takes the likeliest token.
+            seed: None draws one, which the result names.
+            on_text: called with each piece of whole characters as it comes.
+
+        Returns:
+            {"text", "finish_reason", "first", "usage", "timings", "seed", ...}, as --json prints it.
+        """
+        llm, tokens = self.llm, self.tokens(prompt)
+        if not tokens:
+            raise InputError("the prompt is empty: at least one token must decide")
+        if len(tokens) >= self.ctx:
+            raise InputError(
+                f"the prompt has {len(tokens)} tokens, the context holds {self.ctx} with the answer; see -c"
+            )
+        limit = self.ctx - len(tokens)
+        if n_predict >= 0:
+            limit = min(limit, n_predict)
+        seed = secrets.randbits(31) if seed is None else seed
+        llm.set_seed(seed)
+        llm.n_computed = 0
+
+        decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+        pieces: list[str] = []
+
+        def emit(raw: bytes, final: bool = False) -> None:
+            piece = decoder.decode(raw, final)
+            if piece:
+                pieces.append(piece)
+                if on_text:
+                    on_text(piece)
+
+        steps = llm.generate(tokens, temp=temp)
+        n_generated, n_read, finish = 0, 0, "length"
+        seconds: list[float] = []
+        while n_generated < limit:
+            start = time.perf_counter()
+            token = next(steps)
+            seconds.append(time.perf_counter() - start)
+            n_read = n_read or llm.n_computed
+            if llama_cpp.llama_vocab_is_eog(llm._model.vocab, token):
+                finish = "stop"
+                break
+            n_generated += 1
+            emit(llm.detokenize([token]))
+        steps.close()
+        emit(b"", final=True)
+
+        routing = llm.routing
+        assert routing is not None
+        reading, decoding = seconds[0], sum(seconds[1:])
+        return {
+            "text": "".join(pieces),
+            "finish_reason": finish,
+            "first": {
+                **routing.report(),
+                "mode": self.mode,
+                "mask": routing.mask.tolist(),
+                "scores": None if routing.scores is None else routing.scores.tolist(),
+                "threshold": routing.threshold,
+            },
+            "usage": {
+                "prompt_tokens": len(tokens),
+                "completion_tokens": n_generated,
+                "total_tokens": len(tokens) + n_generated,
+            },
+            "timings": {
+                "clock": CLOCK,
+                "prompt_tokens": n_read,
+                "prompt_seconds": reading,
+                "prompt_tokens_per_s": n_read / reading,
+                "decode_tokens": len(seconds) - 1,
+                "decode_seconds": decoding,
+                "decode_tokens_per_s": (len(seconds) - 1) / decoding if decoding else None,
+            },
+            "seed": seed,
+            "routers": self.routers,
+            "model": llm.model_path,
+            "n_ctx": self.ctx,
+            "n_threads": llm.n_threads,
+        }
