@@ -64,7 +64,9 @@ def apply(patch: Path, tree: Path) -> None:
     """Apply one patch; git apply knows no fuzz, and names the file and line of a hunk that fails."""
     # The ceiling keeps git from mistaking our own repository for the tree's.
     env = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tree.parent)}
-    result = subprocess.run(["git", "apply", "--verbose", str(patch)], cwd=tree, env=env, capture_output=True, text=True)
+    result = subprocess.run(
+        ["git", "apply", "--verbose", str(patch)], cwd=tree, env=env, capture_output=True, text=True
+    )
     if result.returncode != 0:
         sys.exit(f"error: {patch.name} does not apply to {pinned()[0]}:\n{result.stderr.strip()}")
 

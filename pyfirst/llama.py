@@ -150,6 +150,7 @@ class FirstLlama(llama_cpp.Llama):
         self._call_mask: np.ndarray | None = None
         self._live = _Live()
         self._pending: _Live | None = None
+        self._full = False  # the last answer filled the context
         self._threshold: float | None = None
         self._routed = False
         if routing and not self.has_routers:
@@ -164,7 +165,9 @@ class FirstLlama(llama_cpp.Llama):
 
     def _open_model(self, model_path: str, kwargs: dict[str, Any]) -> None:
         if not Path(model_path).is_file():
-            raise InputError(f"{model_path}: no such file" if not Path(model_path).exists() else f"{model_path}: not a file")
+            raise InputError(
+                f"{model_path}: no such file" if not Path(model_path).exists() else f"{model_path}: not a file"
+            )
         with native.captured_errors() as reasons:
             try:
                 super().__init__(model_path, **kwargs)
@@ -178,7 +181,9 @@ class FirstLlama(llama_cpp.Llama):
                 raise InputError(f"skip is {skip}, expected a share of layers from 0 to 1")
             thresholds, kept = native.calibration(self.model)
             if not len(kept):
-                raise InputError(f"{self.model_path}: not calibrated, so skip={skip} cannot be translated; use threshold=")
+                raise InputError(
+                    f"{self.model_path}: not calibrated, so skip={skip} cannot be translated; use threshold="
+                )
             order = np.argsort(kept, kind="stable")
             return float(np.interp(1 - skip, kept[order], thresholds[order]))
         if threshold is None:
@@ -298,7 +303,9 @@ class FirstLlama(llama_cpp.Llama):
             opened, self._pending = self._pending, None
             self._close(opened)
 
-    def generate(self, tokens: Sequence[int], *args: Any, reset: bool = True, **kwargs: Any) -> Generator[int, Any, None]:
+    def generate(
+        self, tokens: Sequence[int], *args: Any, reset: bool = True, **kwargs: Any
+    ) -> Generator[int, Any, None]:
         """Yield tokens, as the parent does. Raises ValueError for an empty prompt and one that exceeds n_ctx."""
         tokens = list(tokens)
         if not tokens and reset:
@@ -307,7 +314,30 @@ class FirstLlama(llama_cpp.Llama):
             raise InputError(f"the prompt has {len(tokens)} tokens, the context holds {self.n_ctx()}")
         if reset:
             tokens = self._open(tokens)
-        yield from super().generate(tokens, *args, reset=False, **kwargs)
+        kwargs["reset"] = False
+        parent = super().generate(tokens, *args, **kwargs)
+        received = None
+        self._full = False
+        while True:
+            try:
+                token = parent.send(received)
+            except StopIteration:
+                return
+            received = yield token
+            if self.n_tokens >= self.n_ctx():
+                # The parent would run into the end of the context in the middle of a character.
+                self._full = True
+                yield self.token_eos()
+                return
+
+    def _complete(self, result: Any) -> Any:
+        """Add the "first" entry, and say "length" where the end of the context ended the text."""
+        if self.routing is not None:
+            result["first"] = self.routing.report()
+        for choice in result["choices"]:
+            if self._full and choice["finish_reason"] == "stop":
+                choice["finish_reason"] = "length"
+        return result
 
     def _answer(self, call: Any, stream: bool, mask: np.ndarray | None) -> Any:
         """Run one request with its own forced mask and add the "first" entry to what comes back."""
@@ -315,21 +345,16 @@ class FirstLlama(llama_cpp.Llama):
             return self._stream(call, mask)
         self._call_mask = mask
         try:
-            result = call()
+            return self._complete(call())
         finally:
             self._call_mask = None
-        assert self.routing is not None
-        result["first"] = self.routing.report()
-        return result
 
     def _stream(self, call: Any, mask: np.ndarray | None) -> Iterator[Any]:
         self._call_mask = mask
         try:
             for chunk in call():
                 self._call_mask = None
-                if self.routing is not None:
-                    chunk["first"] = self.routing.report()
-                yield chunk
+                yield self._complete(chunk)
         finally:
             self._call_mask = None
 
@@ -345,7 +370,9 @@ class FirstLlama(llama_cpp.Llama):
         if mask is None:
             mask = self._call_mask  # a chat handler calls us in the middle of create_chat_completion
         return self._answer(
-            lambda: super(FirstLlama, self).create_completion(prompt, *args, **kwargs), kwargs.get("stream", False), mask
+            lambda: super(FirstLlama, self).create_completion(prompt, *args, **kwargs),
+            kwargs.get("stream", False),
+            mask,
         )
 
     def __call__(self, prompt: str, *args: Any, **kwargs: Any) -> Any:
@@ -371,16 +398,23 @@ class FirstLlama(llama_cpp.Llama):
     def save_state(self) -> Any:
         """The parent's state; keys, values and mask are inside."""
         state = super().save_state()
-        state.first = (self._live, self.routing)
+        state.first = (self._live, self.routing)  # type: ignore[attr-defined]  # rides along when pickled
         return state
 
     def load_state(self, state: Any) -> None:
         """Restore keys, values and mask. Raises RuntimeError or ValueError if the state does not fit."""
         if not hasattr(state, "first"):
             raise InputError("the state was saved without layer masks, by a plain llama_cpp.Llama")
-        super().load_state(state)
-        self._live, self.routing = state.first
         self._pending = None
+        try:
+            super().load_state(state)
+        except RuntimeError:
+            # Half a state may have been read: begin afresh.
+            self.reset()
+            self._ctx.kv_cache_clear()
+            self._live = _Live()
+            raise
+        self._live, self.routing = state.first
 
     def calibration(self) -> tuple[np.ndarray, np.ndarray]:
         """(threshold, mean share of layers kept), float32 [n] each, as measured after training; empty if unknown."""

@@ -66,7 +66,11 @@ class FirstConfig:
 
         check(self.version == FORMAT_VERSION, "version", f"{FORMAT_VERSION} (made by a newer pyfirst?)")
         check(integer(self.block_count) and self.block_count > 0, "block_count", "a positive integer")
-        check(integer(self.embedding_length) and self.embedding_length > 0, "embedding_length", "a positive integer")
+        check(
+            integer(self.embedding_length) and self.embedding_length > 0,
+            "embedding_length",
+            "a positive integer",
+        )
         check(self.router_norm in NORMS, "router_norm", f"one of {', '.join(NORMS)}")
         check(self.prefill in PREFILL_MODES, "prefill", f"one of {', '.join(PREFILL_MODES)}")
         check(integer(self.window) and self.window > 0, "window", "a positive number of tokens")
@@ -76,8 +80,7 @@ class FirstConfig:
             "a number from 0 to 1",
         )
         check(
-            isinstance(self.protected, list)
-            and all(integer(i) and 0 <= i < self.block_count for i in self.protected),
+            isinstance(self.protected, list) and all(integer(i) and 0 <= i < self.block_count for i in self.protected),
             "protected",
             f"a list of layer indices from 0 to {self.block_count - 1}",
         )

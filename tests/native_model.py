@@ -9,8 +9,6 @@ import llama_cpp
 import llama_cpp._logger
 import numpy as np
 
-from pyfirst import native
-
 GGML_TYPE_F32 = 0
 llama_cpp._logger.set_verbose(False)
 
@@ -18,15 +16,28 @@ llama_cpp._logger.set_verbose(False)
 class NativeModel:
     """One model with one context; float32 KV cache."""
 
-    def __init__(self, path, n_seq=1, n_ctx=256, n_batch=256, n_ubatch=256, kv_unified=False, n_threads=2, f32_cache=True):
+    def __init__(
+        self,
+        path,
+        n_seq=1,
+        n_ctx=256,
+        n_batch=256,
+        n_ubatch=256,
+        kv_unified=False,
+        n_threads=2,
+        f32_cache=True,
+    ):
         llama_cpp.llama_backend_init()
-        self.model = llama_cpp.llama_model_load_from_file(
-            str(path).encode(), llama_cpp.llama_model_default_params()
-        )
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         if not self.model:
             raise ValueError(f"{path} does not load")
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx * n_seq, n_batch, n_ubatch, n_seq
+        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = (
+            n_ctx * n_seq,
+            n_batch,
+            n_ubatch,
+            n_seq,
+        )
         params.n_threads = params.n_threads_batch = n_threads
         params.kv_unified = kv_unified
         params.no_perf = False
@@ -68,12 +79,18 @@ class NativeModel:
             llama_cpp.llama_memory_seq_rm(self.memory, seq, -1, -1)
 
     def set_mask(self, mask: Sequence[int], seq: int = 0) -> None:
+        from pyfirst import native  # the stock library runs through this class too
+
         native.set_mask(self.ctx, np.asarray(mask), seq)
 
     def mask(self, seq: int = 0) -> np.ndarray | None:
+        from pyfirst import native
+
         return native.get_mask(self.ctx, self.n_layer, seq)
 
     def scores(self, seq: int = 0) -> np.ndarray | None:
+        from pyfirst import native
+
         return native.get_scores(self.ctx, self.n_layer, seq)
 
     def reused(self) -> int:
