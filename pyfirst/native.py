@@ -36,10 +36,8 @@ def _package_dir(name: str, witness: str, variable: str) -> Path:
     if variable in os.environ:
         return Path(os.environ[variable])
     candidates = [Path(__file__).resolve().parent / name]
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         candidates.append(Path(str(importlib.metadata.distribution("pyfirst").locate_file(f"pyfirst/{name}"))))
-    except importlib.metadata.PackageNotFoundError:
-        pass
     for candidate in candidates:
         if list(candidate.glob(witness)):
             return candidate

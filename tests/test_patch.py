@@ -169,7 +169,7 @@ def test_alternating_sequences_equal_solo_runs(tiny_model):
     folder, path = tiny_model("llama")
     net = tiny.load(folder)
     every = masks(4)
-    with opened(path, n_seq=2) as model:
+    with opened(path, n_seq=2, kv_unified=True) as model:
         for seq in (0, 1):
             model.set_mask(every[seq + 3], seq)
             model.feed(tiny.prompt(12, seq), seq=seq)
