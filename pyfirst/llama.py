@@ -9,6 +9,7 @@ The method is FiRST (https://arxiv.org/abs/2410.12513). For layer l with input h
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -221,6 +222,15 @@ class FirstLlama(llama_cpp.Llama):
     def threshold(self, value: float) -> None:
         native.set_threshold(self.ctx, value)
         self._threshold = float(value)
+
+    @contextlib.contextmanager
+    def forcing(self, mask: Sequence[bool] | np.ndarray | None) -> Iterator[None]:
+        """Force ``mask``, bool [n_layer], on all prompts inside the with block; None lets the routers decide."""
+        before, self._forced = self._forced, self._check_mask(mask, None)
+        try:
+            yield
+        finally:
+            self._forced = before
 
     def _active_mask(self) -> np.ndarray | None:
         """The mask to force on the next prompt, or None where the routers decide or nothing is skipped at all."""
