@@ -58,7 +58,7 @@ def contents(path) -> tuple[dict, dict]:
 def logits(path, ids):
     from native_model import opened
 
-    with opened(path) as model:
+    with opened(path, n_threads=1) as model:
         return model.feed(ids)
 
 

@@ -73,7 +73,7 @@ def peft_logits(model, adapter, ids):
 def gguf_logits(path, ids):
     from native_model import opened
 
-    with opened(path) as model:
+    with opened(path, n_threads=1) as model:
         return model.feed(ids)
 
 

@@ -100,13 +100,9 @@ class Checkpoint:
             raise InputError(f"{path}: no such folder")
         if not (path / "config.json").is_file():
             if (path / CONFIG_NAME).is_file():
-                raise InputError(
-                    f"{path}: a recipe, not a model; give it with --first, and its base as MODEL_DIR"
-                )
+                raise InputError(f"{path}: a recipe, not a model; give it with --first, and its base as MODEL_DIR")
             if (path / ADAPTER_CONFIG_NAME).is_file():
-                raise InputError(
-                    f"{path}: a LoRA adapter, not a model; give it with --lora, and its base as MODEL_DIR"
-                )
+                raise InputError(f"{path}: a LoRA adapter, not a model; give it with --lora, and its base as MODEL_DIR")
             raise InputError(f"{path}: no config.json, so not a Hugging Face model folder")
         self.config = read_json(path / "config.json")
         self.text_config = {**self.config, **(self.config.get("text_config") or {})}
@@ -215,6 +211,4 @@ def local_folder(name: str | Path, *, weights: bool) -> Path:
         return Path(snapshot_download(str(name), allow_patterns=patterns if weights else None))
     except Exception as error:  # the Hub's client has a dozen kinds, down to the HTTP library's own
         reason = " ".join(str(error).split())
-        raise InputError(
-            f"{name}: no such folder, and not from the Hugging Face Hub ({reason[:200]})"
-        ) from None
+        raise InputError(f"{name}: no such folder, and not from the Hugging Face Hub ({reason[:200]})") from None

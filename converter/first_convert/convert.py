@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
 import shutil
@@ -44,23 +43,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--first", metavar="RECIPE_DIR", help="recipe of first-train (routers, LoRA), folder or Hub name"
     )
     parser.add_argument("--lora", metavar="ADAPTER_DIR", help="PEFT LoRA to merge, when the recipe has none")
-    parser.add_argument(
-        "--base-gguf", metavar="FILE", help="pack the routers into this GGUF, tensors untouched"
-    )
-    parser.add_argument(
-        "--strip", metavar="FILE", help="remove the routers from this GGUF, tensors untouched"
-    )
+    parser.add_argument("--base-gguf", metavar="FILE", help="pack the routers into this GGUF, tensors untouched")
+    parser.add_argument("--strip", metavar="FILE", help="remove the routers from this GGUF, tensors untouched")
     parser.add_argument("--outfile", metavar="FILE", help="GGUF to write")
     parser.add_argument("--outtype", metavar="TYPE", help=f"{', '.join(quantize.TYPES)} (default q8_0)")
     parser.add_argument("--imatrix", metavar="FILE", help="importance matrix of llama-imatrix, as GGUF")
-    parser.add_argument(
-        "--pre-tokenizer", metavar="NAME", help="llama.cpp's pre-tokenizer, where not recognised"
-    )
+    parser.add_argument("--pre-tokenizer", metavar="NAME", help="llama.cpp's pre-tokenizer, where not recognised")
     parser.add_argument("--threads", type=int, default=0, help="threads for quantising (default: all cores)")
     parser.add_argument("--force", action="store_true", help="replace an existing outfile")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, print the plan, write nothing"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 
@@ -125,9 +116,7 @@ def _workspace(outfile: Path) -> Iterator[Path]:
         pid = old.name.split(".")[-3]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc").exists():
             shutil.rmtree(old, ignore_errors=True)
-    folder = Path(
-        tempfile.mkdtemp(prefix=f".{outfile.name}.{os.getpid()}.", suffix=".first", dir=outfile.parent)
-    )
+    folder = Path(tempfile.mkdtemp(prefix=f".{outfile.name}.{os.getpid()}.", suffix=".first", dir=outfile.parent))
     try:
         yield folder
     finally:
@@ -168,24 +157,17 @@ def _check_loads(path: Path, probes: Sequence[tuple[str, list[int]]]) -> list[st
     Raises InputError with llama.cpp's reason when it does not load.
     """
     llama_cpp = native()
-    lines: list[str] = []
+    from pyfirst.native import captured_errors
 
-    @llama_cpp.llama_log_callback
-    def log(level: int, text: bytes, user_data: Any) -> None:
-        lines.append(text.decode("utf-8", "replace"))
-
-    llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = 0
-    if hasattr(params, "use_extra_bufts"):
-        params.use_extra_bufts = False  # no repacking: this reads little of the file
-    model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+    params.use_extra_bufts = False  # no repacking: this reads little of the file
+    with captured_errors() as reasons:
+        model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+    if not model:
+        reason = reasons[0].strip() if reasons else "no reason given"
+        raise InputError(f"llama.cpp does not load the result: {reason}")
     try:
-        if not model:
-            reasons = [line.strip() for line in lines if "error" in line]
-            raise InputError(
-                f"llama.cpp does not load the result: {(reasons or lines or ['no reason given'])[0]}"
-            )
         vocab = llama_cpp.llama_model_get_vocab(model)
         wrong = []
         for text, expected in probes:
@@ -196,20 +178,13 @@ def _check_loads(path: Path, probes: Sequence[tuple[str, list[int]]]) -> list[st
                 wrong.append(text)
         return wrong
     finally:
-        if model:
-            llama_cpp.llama_model_free(model)
-        from llama_cpp._logger import llama_log_callback as default
-
-        llama_cpp.llama_log_set(default, ctypes.c_void_p(0))
+        llama_cpp.llama_model_free(model)
 
 
 def _fallback_cost(path: Path, fallbacks: list[dict[str, Any]]) -> int:
     """Bytes that fallback types add to the tensors of a file."""
     lib = gguf()
-    sizes = {
-        name.lower(): lib.GGML_QUANT_SIZES[kind]
-        for name, kind in lib.GGMLQuantizationType.__members__.items()
-    }
+    sizes = {name.lower(): lib.GGML_QUANT_SIZES[kind] for name, kind in lib.GGMLQuantizationType.__members__.items()}
     counts = {t.name: t.elements for t in pack.open_gguf(path).tensors}
     cost = 0.0
     for entry in fallbacks:
@@ -237,9 +212,7 @@ def _lora_dir(recipe: Recipe | None, lora: str | Path | None) -> Path | None:
     if lora is None:
         return recipe.adapter_dir if recipe else None
     if recipe is not None and recipe.adapter_dir is not None:
-        raise InputError(
-            f"--lora {lora}: the recipe brings its own LoRA ({recipe.adapter_dir}); give one of them"
-        )
+        raise InputError(f"--lora {lora}: the recipe brings its own LoRA ({recipe.adapter_dir}); give one of them")
     if not (Path(lora) / ADAPTER_CONFIG_NAME).is_file():
         raise InputError(f"--lora {lora}: no {ADAPTER_CONFIG_NAME} there; expected a PEFT adapter folder")
     return Path(lora)
@@ -284,9 +257,7 @@ def convert(
     if outfile.is_dir():
         raise InputError(f"{outfile}: a directory, expected a file name")
     if not outfile.absolute().parent.is_dir():
-        raise InputError(
-            f"{outfile.absolute().parent}: no such directory, so {outfile.name} cannot be written there"
-        )
+        raise InputError(f"{outfile.absolute().parent}: no such directory, so {outfile.name} cannot be written there")
     if outfile.exists() and not force:
         raise InputError(f"{outfile}: exists already; --force replaces it")
     outfile = outfile.absolute()
@@ -302,9 +273,7 @@ def convert(
     adapter = _lora_dir(recipe, lora)
     if recipe is not None:
         _check_recipe(checkpoint, recipe)
-    if checkpoint.quantization and (
-        adapter or checkpoint.quantization in ("bitsandbytes", "awq", "hqq", "eetq")
-    ):
+    if checkpoint.quantization and (adapter or checkpoint.quantization in ("bitsandbytes", "awq", "hqq", "eetq")):
         raise InputError(
             f"{checkpoint.path}: quantised weights ({checkpoint.quantization}); needs the unquantised base"
         )
@@ -315,9 +284,7 @@ def convert(
     direct = kind in quantize.PLAIN
     middle = kind if direct else ("f32" if adapter else checkpoint.native_type())
     count = checkpoint.element_count
-    needed = (
-        int(count * BITS.get(kind, 6.6) / 8) + (0 if direct else int(count * BITS[middle] / 8)) + (16 << 20)
-    )
+    needed = int(count * BITS.get(kind, 6.6) / 8) + (0 if direct else int(count * BITS[middle] / 8)) + (16 << 20)
     free = free_bytes(outfile.parent)
     plan: dict[str, Any] = {
         "model": str(checkpoint.path),
@@ -407,9 +374,7 @@ def _base_model(adapter: Path | None) -> str:
     return read_json(adapter / ADAPTER_CONFIG_NAME).get("base_model_name_or_path") or ""
 
 
-def _from_gguf(
-    source: Path, outfile: Path, recipe: Recipe | None, dry_run: bool, started: float
-) -> dict[str, Any]:
+def _from_gguf(source: Path, outfile: Path, recipe: Recipe | None, dry_run: bool, started: float) -> dict[str, Any]:
     """--base-gguf (with a recipe) and --strip (without)."""
     reader = pack.open_gguf(source)
     if recipe is not None:

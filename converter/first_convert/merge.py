@@ -94,9 +94,7 @@ def _known(config: dict[str, Any], path: Path) -> dict[str, Any]:
     names = {f.name for f in dataclasses.fields(peft.LoraConfig)}
     unknown = [key for key, value in config.items() if key not in names and value]
     if unknown:
-        raise InputError(
-            f"{path}: unknown key '{unknown[0]}' (peft {peft.__version__}); a newer peft may know it"
-        )
+        raise InputError(f"{path}: unknown key '{unknown[0]}' (peft {peft.__version__}); a newer peft may know it")
     return {key: value for key, value in config.items() if key in names}
 
 
@@ -174,9 +172,7 @@ def _match(
     total = max(pairs(found), 1)
     if unmatched:
         shown = ", ".join(unmatched[:4]) + (f" and {len(unmatched) - 4} more" if len(unmatched) > 4 else "")
-        raise InputError(
-            f"{path}: {pairs(adapter)} of {pairs(found)} adapter pairs fit this model; unmatched: {shown}"
-        )
+        raise InputError(f"{path}: {pairs(adapter)} of {pairs(found)} adapter pairs fit this model; unmatched: {shown}")
     if missing:
         shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
         raise InputError(
@@ -288,9 +284,7 @@ def plan(checkpoint: Checkpoint, directory: str | Path) -> Merge:
         if found_name is None and tied and name == head_name:
             found_name = _stored_name(embedding_name, checkpoint, model)
         if found_name is None:
-            raise InputError(
-                f"{checkpoint.path}: no tensor '{name}', which the adapter changes, under that name"
-            )
+            raise InputError(f"{checkpoint.path}: no tensor '{name}', which the adapter changes, under that name")
         return found_name
 
     def reader(name: str) -> Callable[[Read], torch.Tensor]:

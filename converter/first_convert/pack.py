@@ -29,9 +29,7 @@ def entries(recipe: Recipe, lora: dict[str, Any] | None = None) -> list[Entry]:
         Entry(key.PREFILL, "STRING", config.prefill),
         Entry(key.WINDOW, "UINT32", config.window),
         Entry(key.PROTECTED, "ARRAY", sorted(set(config.protected)), "UINT32"),
-        Entry(
-            key.CALIBRATION_THRESHOLD, "ARRAY", list(map(float, config.calibration["threshold"])), "FLOAT32"
-        ),
+        Entry(key.CALIBRATION_THRESHOLD, "ARRAY", list(map(float, config.calibration["threshold"])), "FLOAT32"),
         Entry(key.CALIBRATION_KEPT, "ARRAY", list(map(float, config.calibration["kept"])), "FLOAT32"),
         Entry(key.LORA_MERGED, "BOOL", lora is not None),
     ]

@@ -116,6 +116,8 @@ def quantize(
     blocks of the wanted type. ``dry_run`` writes nothing. Raises InputError with llama.cpp's own reason.
     """
     llama_cpp = native()
+    from llama_cpp._logger import llama_log_callback
+
     lines: list[str] = []
 
     @llama_cpp.llama_log_callback
@@ -130,7 +132,10 @@ def quantize(
     if imatrix is not None:
         array, keep = _structures(load_imatrix(imatrix))
         params.imatrix = ctypes.cast(array, type(params.imatrix))
-    status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(params))
+    try:
+        status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(params))
+    finally:
+        llama_cpp.llama_log_set(llama_log_callback, ctypes.c_void_p(0))
     del keep
     text = "".join(lines)
     if status != 0:

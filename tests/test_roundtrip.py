@@ -1,0 +1,152 @@
+"""A recipe through every tool on the way: the routers decide the same at its end."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+from native_model import opened
+
+from first_convert import child, convert, pack, quantize
+from first_convert.upstream import gguf
+from pyfirst import native
+
+
+@pytest.fixture(autouse=True)
+def same_process(monkeypatch):
+    jobs = {
+        "first_convert.child": child.run_job,
+        "first_convert.quantize": lambda job: quantize.quantize(**job),
+    }
+    monkeypatch.setattr(convert, "_child", lambda module, job, folder: jobs[module](job))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A model whose rows fit every quantised type, and routers that split prompts by what is in them."""
+    root = tmp_path_factory.mktemp("wide")
+    model = tiny.make(
+        "llama",
+        root / "hf",
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+    )
+    recipe = tiny.recipe(root / "recipe", model, seed=3, router_norm="rms")
+    base = tiny.gguf(model, root / "base.gguf")
+    convert.convert(base_gguf=base, first=recipe, outfile=root / "packed.gguf")
+    return recipe, base, root / "packed.gguf"
+
+
+def routed(path, prompts, next_ids=()):
+    """Masks [prompts, layers], scores, and the last prompt's logits."""
+    masks, scores, logits = [], [], None
+    with opened(path, n_threads=1) as model:
+        native.set_routing(model.ctx, True)
+        for ids in prompts:
+            model.clear()
+            native.begin(model.ctx)
+            logits = model.feed(ids)
+            native.commit(model.ctx)
+            masks.append(model.mask())
+            scores.append(model.scores())
+            if next_ids:
+                logits = np.concatenate([logits, model.feed(next_ids, start=len(ids))])
+    return np.array(masks), np.array(scores), logits
+
+
+@pytest.mark.parametrize("prefill", ["full", "skip"])
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3"])
+def test_folder_to_routed_logits(arch, prefill, tiny_model, tmp_path):
+    """Model folder, recipe with LoRA, first-convert, patched llama.cpp: mask and logits of plain torch."""
+    import peft
+
+    model, _ = tiny_model(arch)
+    recipe = tiny.recipe(tmp_path / "recipe", model, seed=3, router_norm="rms", prefill=prefill)
+    tiny.adapter(model, recipe, target_modules=["q_proj", "down_proj"])
+    convert.convert(model, first=recipe, outfile=tmp_path / "out.gguf", outtype="f32")
+    merged = peft.PeftModel.from_pretrained(tiny.load(model), str(recipe)).merge_and_unload()
+    seen = set()
+    for seed in range(3):
+        prompt, after = tiny.prompt(20, seed), tiny.prompt(6, seed + 100)
+        mask, _ = tiny.decide(merged, recipe, prompt)
+        got, _, logits = routed(tmp_path / "out.gguf", [prompt], after)
+        assert np.array_equal(got[0], mask)
+        truth = tiny.gold(merged, mask, prompt, after, prefill)
+        assert np.abs(logits - truth).max() < 1e-4
+        seen.add(tuple(mask))
+    assert any(not all(mask) for mask in seen)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "q8_0", "q6_k", "q4_k_m", "q4_0"])
+def test_quantised_files_decide_alike(kind, wide, tmp_path):
+    """50 prompts: masks under each type against float32; one differs only where the score was near 0.5.
+
+    Random weights are the worst case for a quantiser, and these routers' scores crowd around the threshold.
+    """
+    _, _, packed = wide
+    quantize.quantize(packed, tmp_path / "q.gguf", kind)
+    prompts = [tiny.prompt(16 + seed % 9, seed) for seed in range(50)]
+    masks, scores, _ = routed(packed, prompts)
+    others, other_scores, _ = routed(tmp_path / "q.gguf", prompts)
+    agreement = (masks == others).mean(axis=0)
+    moved = np.abs(scores - other_scores)
+    print(f"{kind}: agreement per layer {agreement.round(2).tolist()}, scores moved by {moved.mean():.4f}")
+    assert 0.05 < masks.mean() < 0.95 and len({tuple(mask) for mask in masks}) > 5
+    assert moved.mean() < {"bf16": 0.005, "q8_0": 0.01, "q6_k": 0.03, "q4_k_m": 0.08, "q4_0": 0.1}[kind]
+    assert agreement.mean() > {"bf16": 0.96, "q8_0": 0.94, "q6_k": 0.9, "q4_k_m": 0.8, "q4_0": 0.8}[kind]
+    assert (np.abs(scores - 0.5) <= moved + 1e-6)[masks != others].all()
+
+
+def test_routers_survive_pack_quantise_and_new_metadata(wide, tmp_path):
+    """pack, llama-quantize, then gguf-py's own way of editing metadata; then the routers go again."""
+    recipe, base, packed = wide
+    quantize.quantize(packed, tmp_path / "q8.gguf", "q8_0")
+    quantize.quantize(base, tmp_path / "plain.gguf", "q8_0")
+    convert.convert(base_gguf=tmp_path / "plain.gguf", first=recipe, outfile=tmp_path / "after.gguf")
+    lib = gguf()
+    reader = lib.GGUFReader(tmp_path / "q8.gguf")
+    writer = lib.GGUFWriter(tmp_path / "edited.gguf", arch="llama")
+    for field in reader.fields.values():
+        if field.name != "general.architecture" and not field.name.startswith("GGUF."):
+            item = field.types[-1] if field.types[0] == lib.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], item)
+    writer.add_description("edited")
+    for tensor in reader.tensors:
+        shape, dtype = tensor.data.shape, tensor.data.dtype
+        writer.add_tensor_info(tensor.name, shape, dtype, tensor.data.nbytes, tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in reader.tensors:
+        writer.write_tensor_data(tensor.data)
+    writer.close()
+    prompts = [tiny.prompt(20, seed) for seed in range(8)]
+    truth = routed(tmp_path / "after.gguf", prompts)[0]
+    assert len({tuple(mask) for mask in truth}) > 1
+    assert np.array_equal(routed(tmp_path / "q8.gguf", prompts)[0], truth)
+    assert np.array_equal(routed(tmp_path / "edited.gguf", prompts)[0], truth)
+    convert.convert(strip=tmp_path / "q8.gguf", outfile=tmp_path / "stripped.gguf")
+    assert (tmp_path / "stripped.gguf").read_bytes() == (tmp_path / "plain.gguf").read_bytes()
+
+
+def test_all_layers_protected_runs_as_the_base(tiny_model, tmp_path):
+    model, base = tiny_model("llama")
+    recipe = tiny.recipe(tmp_path / "recipe", model, mask=[0, 0, 0, 0], protected=[0, 1, 2, 3])
+    convert.convert(base_gguf=base, first=recipe, outfile=tmp_path / "out.gguf")
+    ids = tiny.prompt()
+    masks, _, logits = routed(tmp_path / "out.gguf", [ids])
+    with opened(base) as plain:
+        dense = plain.feed(ids)
+    assert masks.all() and np.array_equal(logits, dense)
+
+
+def test_half_a_set_of_router_keys_is_not_run_silently(tiny_model, tmp_path):
+    model, base = tiny_model("llama")
+    recipe = tiny.recipe(tmp_path / "recipe", model)
+    convert.convert(base_gguf=base, first=recipe, outfile=tmp_path / "packed.gguf")
+    source = pack.open_gguf(tmp_path / "packed.gguf")
+    pack.rewrite(source, tmp_path / "half.gguf", [], lambda name: name != "first.router.bias")
+    with pytest.raises(ValueError), opened(tmp_path / "half.gguf"):
+        pass
