@@ -318,6 +318,11 @@ def test_layers_without_kv_cannot_come_back(tiny_model):
         import llama_cpp
 
         llama_cpp.llama_memory_seq_rm(model.memory, 0, 15, -1)
+        model.feed(NEXT[:3], 15)  # under the mask that is still pinned
+        llama_cpp.llama_memory_seq_rm(model.memory, 0, 17, -1)
+        with pytest.raises(InputError):
+            model.set_mask([1, 1, 1, 1])
+        llama_cpp.llama_memory_seq_rm(model.memory, 0, 15, -1)
         model.set_mask([1, 1, 1, 1])
 
 
