@@ -55,9 +55,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, str]]:
             raise InputError(f"{path}:{number}: not valid JSON ({error})") from None
         for key in ("prompt", "response"):
             if not isinstance(row, dict) or not isinstance(row.get(key), str) or not row[key].strip():
-                raise InputError(
-                    f'{path}:{number}: expected {{"prompt": "...", "response": "..."}} with text in both'
-                )
+                raise InputError(f'{path}:{number}: expected {{"prompt": "...", "response": "..."}} with text in both')
         task = row.get("task", path.name.split(".")[0])
         rows.append({"prompt": row["prompt"], "response": row["response"], "task": str(task)})
     if not rows:
@@ -67,11 +65,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, str]]:
 
 def read_rows(name: str) -> list[dict[str, str]]:
     """As ``read_jsonl``, or the split of a data set, ``owner/name[:split]``, with the same columns."""
-    if (
-        Path(name).exists()
-        or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:\w+)?", name)
-        or name.endswith(".jsonl")
-    ):
+    if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:\w+)?", name) or name.endswith(".jsonl"):
         return read_jsonl(name)
     try:
         from datasets import load_dataset
@@ -87,8 +81,7 @@ def read_rows(name: str) -> list[dict[str, str]]:
         raise InputError(f"{name}: no column '{min(missing)}', found {', '.join(table.column_names)}")
     task = dataset.split("/")[1]
     return [
-        {"task": task, **{k: str(v) for k, v in row.items() if k in ("prompt", "response", "task")}}
-        for row in table
+        {"task": task, **{k: str(v) for k, v in row.items() if k in ("prompt", "response", "task")}} for row in table
     ]
 
 

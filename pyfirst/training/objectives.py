@@ -25,9 +25,7 @@ def paper_loss(cross_entropy: torch.Tensor, scores: torch.Tensor, weight: float)
     return cross_entropy + weight * scores.sum(1).mean()
 
 
-def hard_gate_loss(
-    cross_entropy: torch.Tensor, scores: torch.Tensor, target: float, weight: float
-) -> torch.Tensor:
+def hard_gate_loss(cross_entropy: torch.Tensor, scores: torch.Tensor, target: float, weight: float) -> torch.Tensor:
     """Cross-entropy under the hard masks, the routers reached by a straight-through gradient.
 
         h_(l+1) = keep_l ? layer_l(h_l) : h_l        d keep_l / d mean score_l := 1
@@ -45,7 +43,7 @@ def hard_gate_loss(
     return cross_entropy + weight * (scores.mean() - target).square()
 
 
-def steer(threshold: float, scores: torch.Tensor, target: float, rate: float = 0.2) -> float:
+def steer(threshold: float, scores: torch.Tensor, target: float, rate: float = 0.5) -> float:
     """threshold + rate * (q - threshold), q being the score that the share ``target`` of ``scores`` reaches.
 
     A budget held by a penalty oscillates, and one held by threshold += rate * (kept - target) lags behind
@@ -66,9 +64,7 @@ def distillation(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def leave_one_out(
-    model: FirstModel, examples: Sequence[Example], batch_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def leave_one_out(model: FirstModel, examples: Sequence[Example], batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """How much each layer is worth to each example.
 
     Returns:

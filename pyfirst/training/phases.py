@@ -37,6 +37,7 @@ class Phase:
         routers, lora: which parameters learn.
         dense: every layer runs.
         soft: the paper's token-level gates and loss.
+        steer: the threshold follows the scores, which move with a LoRA even if the routers are frozen.
     """
 
     name: str
@@ -45,6 +46,25 @@ class Phase:
     lora: bool = False
     dense: bool = False
     soft: bool = False
+    steer: bool = False
+
+
+def plan(phase: str, objective: str, steps: int) -> list[Phase]:
+    """The phases of ``--phase`` and ``--objective``, at least one step each."""
+    if phase == "lora":
+        return [Phase("lora", steps, lora=True)]
+    if objective == "paper":
+        first = steps if phase == "routers" else max(1, steps // 2)
+        routers = Phase("routers", first, routers=True, soft=True)
+        return [routers] if phase == "routers" else [routers, Phase("lora", max(1, steps - first), lora=True)]
+    if phase == "routers":
+        return [Phase("routers", steps, routers=True, steer=True)]
+    warm, joint = max(1, steps // 5), max(1, 2 * steps // 5)
+    return [
+        Phase("warm-up", warm, lora=True, dense=True),
+        Phase("joint", joint, routers=True, lora=True, steer=True),
+        Phase("lora", max(1, steps - warm - joint), lora=True, steer=True),
+    ]
 
 
 class PhaseTrainer(Trainer):
@@ -90,6 +110,7 @@ class PhaseTrainer(Trainer):
         if not self.phase.dense:
             keep = output["keep"][:, free]
             self.kept.append(float(keep.float().mean()))
+            self.scores.append(output["scores"][:, free].detach())
             self.masks.extend(map(tuple, output["keep"].tolist()))
             if self.phase.soft:
                 loss = paper_loss(loss, output["scores"][:, free], self.options.penalty)
@@ -99,8 +120,7 @@ class PhaseTrainer(Trainer):
                 share = self.options.distill
                 loss = (1 - share) * loss + share * distillation(output["token_logits"], teacher)
             if self.phase.routers and not self.phase.soft:
-                self.scores.append(output["scores"][:, free].detach())
-                loss = hard_gate_loss(loss, output["scores"][:, free], self.target, weight=1.0)
+                loss = hard_gate_loss(loss, output["scores"][:, free], self.target, weight=10.0)
         self.losses.append(float(output["loss"].detach()))
         return (loss, output) if return_outputs else loss
 
@@ -139,7 +159,7 @@ class Watch(TrainerCallback):
         trainer = self.trainer
         first, phase = trainer.first, trainer.phase
         steered = float(first.threshold)
-        if phase.routers and not phase.soft and not bool(first.protected.all()):
+        if phase.steer and not bool(first.protected.all()):
             steered = steer(steered, torch.cat(trainer.scores), trainer.target)
         means = [sum(x) / max(len(x), 1) for x in (trainer.losses, trainer.kept or [1.0])]
         numbers = torch.tensor([*means, steered], device=args.device)
@@ -170,10 +190,10 @@ def run_phase(
     options: argparse.Namespace,
     target: float,
     seed: int,
-    prepare: Callable[[], None],
+    prepare: Callable[[], None] | None,
     work: Path,
 ) -> dict[str, Any]:
-    """Train one phase in place; ``prepare`` runs before it, but not again when resuming.
+    """Train one phase in place; ``prepare`` runs before it, unless it resumes.
 
     Finished phases and checkpoints lie under ``work``. ``target`` is the share of unprotected layers to keep.
     Returns a record: name, steps, log lines, per-layer share kept near the end and warnings.
@@ -188,13 +208,11 @@ def run_phase(
     if checkpoint and checkpoint.endswith(f"-{phase.steps}"):  # Trainer would take one more step from here
         model.load_state_dict(load_file(Path(checkpoint) / SAFE_WEIGHTS_NAME))
         return {"name": phase.name, "steps": phase.steps, "warnings": []}
-    if checkpoint is None:
+    if checkpoint is None and prepare:
         prepare()
     model.gate = "soft" if phase.soft else "hard"
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(
-            phase.routers if name.startswith("routers.") else phase.lora and "lora_" in name
-        )
+        parameter.requires_grad_(phase.routers if name.startswith("routers.") else phase.lora and "lora_" in name)
     watch = Watch()
     trainer = PhaseTrainer(
         model,

@@ -38,9 +38,7 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def batches(
-    examples: Sequence[Example], size: int, device: Any
-) -> Iterator[tuple[list[int], dict[str, Any]]]:
+def batches(examples: Sequence[Example], size: int, device: Any) -> Iterator[tuple[list[int], dict[str, Any]]]:
     """Indices and tensors of batches of similar length."""
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
     for start in range(0, len(order), size):
@@ -74,9 +72,7 @@ def kept_share(model: FirstModel, held: Sequence[Example], batch_size: int, thre
     return float(keep.float().mean())
 
 
-def candidates(
-    model: FirstModel, held: Sequence[Example], batch_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def candidates(model: FirstModel, held: Sequence[Example], batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Sorted scores [K] of the unprotected layers, and all of them [N, L]."""
     scores = losses(model, held, batch_size)[2]
     return scores[:, ~model.protected.cpu()].flatten().sort().values, scores
@@ -146,16 +142,12 @@ def measure(model: FirstModel, held: Sequence[Example], batch_size: int) -> dict
         guess = torch.cdist(keep.float(), centres).argmin(1)
         right = [tasks[int(g)] == e.task for g, e in zip(guess, held, strict=True)]
         result["task_from_mask"] = round(sum(right) / len(right), 4)
-        modal = torch.tensor(
-            [Counter(map(tuple, keep[rows[t]].tolist())).most_common(1)[0][0] for t in tasks]
-        )
+        modal = torch.tensor([Counter(map(tuple, keep[rows[t]].tolist())).most_common(1)[0][0] for t in tasks])
         pairs = [(i, j) for i in range(len(tasks)) for j in range(i)]
         result["layers_that_differ"] = round(
             sum(float((modal[i] != modal[j]).float().mean()) for i, j in pairs) / len(pairs), 4
         )
-        result["modal_masks"] = {
-            t: "".join("#" if k else "." for k in modal[i].tolist()) for i, t in enumerate(tasks)
-        }
+        result["modal_masks"] = {t: "".join("#" if k else "." for k in modal[i].tolist()) for i, t in enumerate(tasks)}
     return result
 
 
@@ -204,9 +196,7 @@ def card(config: FirstConfig, args: argparse.Namespace) -> str:
     lines += ["", "Mean cross-entropy in nats per response token on held-back examples:", ""]
     columns = ["base", "dense_lora", "routed"] if "dense_lora" in results else ["base", "routed"]
     names = {"base": "base, all layers", "dense_lora": "LoRA, all layers", "routed": "routed"}
-    lines.append(
-        "| | examples | " + " | ".join(names[c] for c in columns) + " | layers skipped | distinct masks |"
-    )
+    lines.append("| | examples | " + " | ".join(names[c] for c in columns) + " | layers skipped | distinct masks |")
     lines.append("|---|---|" + "---|" * (len(columns) + 2))
     for name, row in [("all", results), *results.get("tasks", {}).items()]:
         cells = " | ".join(f"{row[c]:.3f}" for c in columns)

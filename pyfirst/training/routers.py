@@ -381,9 +381,7 @@ class FirstModel(nn.Module):
         return {**result, "loss": token_loss.mean()}
 
     @torch.no_grad()
-    def decide(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def decide(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Masks bool [B, L] and mean scores float32 [B, L] of prompts [B, T] padded on either side."""
         out = self.forward(input_ids, attention_mask, attention_mask)
         return out["keep"], out["scores"]

@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--recipe", metavar="DIR", help="with --phase lora: the recipe whose routers stay as they are")
     add("--objective", choices=("default", "paper"), default="default", help="see docs/training.md")
     length = result.add_mutually_exclusive_group()
-    length.add_argument(
-        "--steps", type=int, help="optimizer steps of all phases together (default: one epoch)"
-    )
+    length.add_argument("--steps", type=int, help="optimizer steps of all phases together (default: one epoch)")
     length.add_argument("--epochs", type=float, help="passes over the data of all phases together")
     add("--batch-size", type=int, default=4, help="examples a forward pass (default: 4)")
     add("--grad-accum", type=int, default=4, help="forward passes an optimizer step (default: 4)")
@@ -67,9 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     distill_help = "share of the loss that is divergence from the model with all layers (default: 0)"
     add("--distill", type=float, default=0.0, metavar="SHARE", help=distill_help)
     add("--penalty", type=float, default=0.01, help="lambda of --objective paper (default: 0.01)")
-    add(
-        "--max-length", type=int, default=512, help="tokens an example; longer prompts are cut (default: 512)"
-    )
+    add("--max-length", type=int, default=512, help="tokens an example; longer prompts are cut (default: 512)")
     add("--hold-back", type=int, default=32, help="examples a task kept from training (default: 32)")
     add("--prior-examples", type=int, default=16, help="examples a task for leave-one-out (default: 16)")
     add("--seed", type=int, default=1, help="of data order and initial LoRA (default: 1)")
@@ -93,15 +89,11 @@ def check(args: argparse.Namespace) -> None:
         raise InputError(f"--max-length is {args.max_length}, expected at least 16 tokens")
     for option in ("lr", "router_lr"):
         if not (getattr(args, option) > 0 and math.isfinite(getattr(args, option))):
-            raise InputError(
-                f"--{option.replace('_', '-')} is {getattr(args, option)}, expected a positive number"
-            )
+            raise InputError(f"--{option.replace('_', '-')} is {getattr(args, option)}, expected a positive number")
     if not 0 <= args.distill <= 1:
         raise InputError(f"--distill is {args.distill}, expected a share from 0 to 1, such as 0.5")
     if not 0 <= args.target_skip < 1:
-        raise InputError(
-            f"--target-skip is {args.target_skip}, expected a share from 0 to below 1, such as 0.25"
-        )
+        raise InputError(f"--target-skip is {args.target_skip}, expected a share from 0 to below 1, such as 0.25")
     if args.phase == "lora" and not args.recipe:
         raise InputError("--phase lora needs --recipe DIR, the recipe with the routers to keep")
     out = Path(args.out)
@@ -157,7 +149,7 @@ def train(args: argparse.Namespace) -> Path:
     from pyfirst.training import report
     from pyfirst.training.data import hold_back, load_examples, read_rows
     from pyfirst.training.objectives import leave_one_out, start_from
-    from pyfirst.training.phases import Phase, run_phase
+    from pyfirst.training.phases import plan, run_phase
     from pyfirst.training.routers import FirstModel, Routers
 
     if not args.verbose:
@@ -193,9 +185,7 @@ def train(args: argparse.Namespace) -> Path:
     unprotected = count - len(config.protected)
     target_keep = 1 - args.target_skip * count / max(unprotected, 1)
     if target_keep < 0:
-        raise InputError(
-            f"--target-skip {args.target_skip}: only {unprotected} of {count} layers are unprotected"
-        )
+        raise InputError(f"--target-skip {args.target_skip}: only {unprotected} of {count} layers are unprotected")
 
     examples, counts = load_examples(rows, tokenizer, args.max_length)
     if counts["shortened"] or counts["dropped"]:
@@ -235,53 +225,26 @@ def train(args: argparse.Namespace) -> Path:
         report.say(f"leave-one-out over {len(sample)} examples, {unprotected} layers")
         deltas, features = leave_one_out(model, sample, args.batch_size)
         if not torch.isfinite(features).all() or deltas.isnan().any():
-            raise InputError(
-                "the model gives values that are not finite; train without --bf16 or check its weights"
-            )
+            raise InputError("the model gives values that are not finite; train without --bf16 or check its weights")
         start_from(model, deltas, features, target_keep)
         report.leave_one_out_table(sample, deltas)
 
-    def fit_threshold() -> None:
-        if args.objective != "paper" or earlier:
-            model.threshold.fill_(report.threshold_for(model, held, args.batch_size, args.target_skip))
-
-    def nothing() -> None:
-        """No preparation."""
-
-    phases: list[tuple[Callable[[], None], Phase]]
-    if args.phase == "lora":
-        phases = [(nothing, Phase("lora", steps, lora=True))]
-    elif args.objective == "paper":
-        share = steps if args.phase == "routers" else max(1, steps // 2)
-        phases = [(nothing, Phase("routers", share, routers=True, soft=True))]
-        if args.phase == "both":
-            phases.append((nothing, Phase("lora", max(1, steps - share), lora=True)))
-    elif args.phase == "routers":
-        phases = [(prior, Phase("routers", steps, routers=True))]
-    else:
-        warm, joint = max(1, steps // 5), max(1, 2 * steps // 5)
-        phases = [
-            (nothing, Phase("warm-up", warm, lora=True, dense=True)),
-            (prior, Phase("joint", joint, routers=True, lora=True)),
-            (fit_threshold, Phase("lora", max(1, steps - warm - joint), lora=True)),
-        ]
     out = Path(args.out)
     work = out.parent / f".{out.name}.work"
     first_process = int(os.environ.get("RANK", "0")) == 0
     if first_process and not args.resume:
         shutil.rmtree(work, ignore_errors=True)
     history = []
-    for number, (prepare, phase) in enumerate(phases):
-        history.append(
-            run_phase(model, phase, training, args, target_keep, args.seed + number, prepare, work)
-        )
+    for number, phase in enumerate(plan(args.phase, args.objective, steps)):
+        prepare = prior if phase.steer and phase.routers else None
+        history.append(run_phase(model, phase, training, args, target_keep, args.seed + number, prepare, work))
 
     with torch.no_grad():  # what is measured from here on is what is stored
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.copy_(parameter.half().to(parameter.dtype))
     if args.objective != "paper" and args.phase != "lora":
-        fit_threshold()
+        model.threshold.fill_(report.threshold_for(model, held, args.batch_size, args.target_skip))
     config.threshold = float(model.threshold)
     report.say(f"measuring on {len(held)} held-back examples")
     results = report.measure(model, held, args.batch_size)
@@ -289,9 +252,7 @@ def train(args: argparse.Namespace) -> Path:
     results["seconds"] = round(time.monotonic() - started)
     warnings = [w for entry in history for w in entry.pop("warnings")]
     if abs(results["skipped"] - args.target_skip) > 0.05:
-        warnings.append(
-            f"skips {results['skipped']:.0%} of the layers, the target was {args.target_skip:.0%}"
-        )
+        warnings.append(f"skips {results['skipped']:.0%} of the layers, the target was {args.target_skip:.0%}")
     config.training = {
         "options": report.options(args, build_parser()),
         "steps": steps,
@@ -327,9 +288,7 @@ def write(out: Path, model: Any, config: FirstConfig, args: argparse.Namespace) 
             tensors = {name: tensor.half() for name, tensor in load_file(path).items()}
             bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
             if bad:
-                raise InputError(
-                    f"the trained LoRA is not finite ({bad[0]}); nothing written, try a lower --lr"
-                )
+                raise InputError(f"the trained LoRA is not finite ({bad[0]}); nothing written, try a lower --lr")
             save_file(tensors, path, metadata={"format": "pt"})
         routers = model.routers
         save_recipe(new, config, routers.weight.detach().cpu().numpy(), routers.bias.detach().cpu().numpy())
