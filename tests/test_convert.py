@@ -17,7 +17,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from first_convert import child, convert, quantize
+from first_convert import check, child, convert, quantize
 from first_convert.convert import build_parser, main
 from first_convert.upstream import gguf
 from pyfirst import metadata as key
@@ -416,7 +416,7 @@ def test_added_tokens_have_the_ids_of_transformers(tiny_model, tmp_path):
     texts += [f"a{new} b{new}{text[:7]}" for new in ("<|tool|>", "foobar", "<think>") for text in texts[:9]]
     assert len(texts) > 50
     probes = [(text, tokenizer.encode(text, add_special_tokens=False)) for text in texts]
-    assert convert._check_loads(tmp_path / "out.gguf", probes) == []
+    assert check.loads(tmp_path / "out.gguf", probes) == []
     fields, tensors = contents(tmp_path / "out.gguf")
     assert len(fields["tokenizer.ggml.tokens"]) == tiny.VOCAB + 3
     stored = np.frombuffer(tensors["token_embd.weight"][1], np.float32).reshape(-1, 64)
@@ -553,9 +553,7 @@ def test_memory_does_not_grow_with_the_number_of_layers(processes, tmp_path):
     peaks = []
     for layers in (4, 12):
         model = tmp_path / f"hf{layers}"
-        tiny.make(
-            "llama", model, num_hidden_layers=layers, hidden_size=1024, intermediate_size=1024, head_dim=256
-        )
+        tiny.make("llama", model, num_hidden_layers=layers, hidden_size=1024, intermediate_size=1024, head_dim=256)
         recipe = tiny.recipe(tmp_path / f"recipe{layers}", model)
         tiny.adapter(model, recipe)
         net = tiny.load(model).to(torch.bfloat16)
@@ -569,3 +567,14 @@ def test_memory_does_not_grow_with_the_number_of_layers(processes, tmp_path):
     grown = (tmp_path / "12.gguf").stat().st_size - (tmp_path / "4.gguf").stat().st_size
     assert grown > 30e6  # as q8_0; the merged weights of the difference take four times that
     assert peaks[1] - peaks[0] < 60, peaks
+
+
+def test_architecture_that_cannot_route_is_refused_by_name(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(tiny.ARCHITECTURES, "mamba", ("mamba", {"state_size": 16}))
+    model = tiny.make("mamba", tmp_path / "hf")
+    recipe = tiny.recipe(tmp_path / "recipe", model)
+    text = refused(capsys, tmp_path / "out.gguf", model, "--first", recipe)
+    assert "routing is not supported for 'mamba'" in text and "--allow-dense" in text
+    args = [model, "--first", recipe, "--outfile", tmp_path / "out.gguf", "--outtype", "f32"]
+    assert main([*map(str, args), "--allow-dense"]) == 0
+    assert "warning: " in capsys.readouterr().err and (tmp_path / "out.gguf").exists()

@@ -43,9 +43,7 @@ def every_type(tmp_path):
 def theirs(path):
     reader = gguf().GGUFReader(path)
     fields = {n: f.contents() for n, f in reader.fields.items() if not n.startswith("GGUF.")}
-    return fields, {
-        t.name: (t.tensor_type.name, tuple(t.shape.tolist()), t.data.tobytes()) for t in reader.tensors
-    }
+    return fields, {t.name: (t.tensor_type.name, tuple(t.shape.tolist()), t.data.tobytes()) for t in reader.tensors}
 
 
 def ours(path):

@@ -93,9 +93,7 @@ def test_merged_file_equals_unmerged_peft(name, tiny_model, tmp_path):
 @pytest.mark.parametrize("heads, kv", [(4, 4), (4, 2), (4, 1), (8, 2)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_row_permutation_of_grouped_queries(heads, kv, bias, tmp_path):
-    model = tiny.make(
-        "llama", tmp_path / "hf", num_attention_heads=heads, num_key_value_heads=kv, attention_bias=bias
-    )
+    model = tiny.make("llama", tmp_path / "hf", num_attention_heads=heads, num_key_value_heads=kv, attention_bias=bias)
     adapter = tiny.adapter(model, tmp_path / "adapter", target_modules=["q_proj", "k_proj"])
     convert(model, tmp_path / "out.gguf", lora=adapter)
     ids = tiny.prompt()
@@ -162,9 +160,7 @@ def test_one_renamed_layer_is_refused(tiny_model, tmp_path):
     assert "3 of 4 adapter pairs" in plan_error(model, adapter)
 
 
-@pytest.mark.parametrize(
-    "layers, words", [(6, "4 of 6 adapter pairs"), (3, "3 of 3 adapter pairs found, but")]
-)
+@pytest.mark.parametrize("layers, words", [(6, "4 of 6 adapter pairs"), (3, "3 of 3 adapter pairs found, but")])
 def test_adapter_of_another_depth_is_refused(layers, words, tiny_model, tmp_path):
     model, _ = tiny_model("llama")
     other = tiny.make("llama", tmp_path / "other", num_hidden_layers=layers)

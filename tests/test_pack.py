@@ -13,9 +13,7 @@ from pyfirst.errors import InputError
 
 
 def tensor_bytes(path):
-    return [
-        (t.name, t.tensor_type, t.shape.tolist(), t.data.tobytes()) for t in gguf().GGUFReader(path).tensors
-    ]
+    return [(t.name, t.tensor_type, t.shape.tolist(), t.data.tobytes()) for t in gguf().GGUFReader(path).tensors]
 
 
 def fields(path):

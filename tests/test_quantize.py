@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from first_convert import quantize
+from first_convert import check, quantize
 from first_convert.upstream import gguf
 from pyfirst.errors import InputError
 
@@ -31,9 +31,7 @@ def imatrix(path, source):
     for tensor in gguf().GGUFReader(source).tensors:
         if len(tensor.shape) == 2:
             columns = int(tensor.shape[0])
-            writer.add_tensor(
-                f"{tensor.name}.in_sum2", generator.random((1, columns), dtype=np.float32) * 100
-            )
+            writer.add_tensor(f"{tensor.name}.in_sum2", generator.random((1, columns), dtype=np.float32) * 100)
             writer.add_tensor(f"{tensor.name}.counts", np.full((1, 1), 100, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -44,8 +42,6 @@ def imatrix(path, source):
 
 @pytest.mark.parametrize("kind", quantize.TYPES)
 def test_every_type_loads_or_is_refused_with_a_reason(kind, wide, tmp_path):
-    from first_convert.convert import _check_loads
-
     out = tmp_path / "q.gguf"
     try:
         quantize.quantize(wide, out, kind)
@@ -53,7 +49,7 @@ def test_every_type_loads_or_is_refused_with_a_reason(kind, wide, tmp_path):
         # One-bit types are garbage without an importance matrix, and llama.cpp says so.
         assert "imatrix" in str(error)
         quantize.quantize(wide, out, kind, imatrix=imatrix(tmp_path / "imatrix.gguf", wide))
-    assert _check_loads(out, ()) == []
+    assert check.loads(out, ()) == []
 
 
 def test_imatrix_changes_the_result(wide, tmp_path):

@@ -16,9 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from first_convert import pack, quantize
+from first_convert import check, pack, quantize
 from first_convert.checkpoint import Checkpoint, free_bytes, local_folder, read_json
-from first_convert.upstream import gguf, native
 from pyfirst.cli import common
 from pyfirst.errors import InputError
 from pyfirst.recipe import ADAPTER_CONFIG_NAME, Recipe, load_recipe
@@ -51,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--pre-tokenizer", metavar="NAME", help="llama.cpp's pre-tokenizer, where not recognised")
     parser.add_argument("--threads", type=int, default=0, help="threads for quantising (default: all cores)")
     parser.add_argument("--force", action="store_true", help="replace an existing outfile")
+    parser.add_argument("--allow-dense", action="store_true", help="also write models whose layers cannot be skipped")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
@@ -90,8 +90,8 @@ def _child(module: str, job: dict[str, Any], folder: Path) -> dict[str, Any]:
     if not job.get("verbose"):
         environment["PYTHONWARNINGS"] = "ignore"
     command = [sys.executable, "-m", module, str(request)]
-    # Native code must not write into our stdout, which carries the result only.
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    # stdout carries our result only. Ctrl-C reaches us alone, and we end the child.
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         process.wait()
     finally:
@@ -135,67 +135,6 @@ def _publish(temporary: Path, outfile: Path) -> None:
         os.close(folder)
 
 
-def _check_finite(path: Path) -> None:
-    """Raise InputError naming the first float tensor of a GGUF that holds NaN or infinity."""
-    import numpy as np
-
-    layouts = {"F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80), "F32": (np.uint32, 0x7F800000)}
-    for tensor in pack.open_gguf(path).tensors:
-        if tensor.kind not in layouts:
-            continue
-        dtype, exponent = layouts[tensor.kind]
-        words = np.memmap(path, dtype, "r", tensor.start, (tensor.elements,))
-        for start in range(0, words.size, 1 << 22):
-            if ((words[start : start + (1 << 22)] & exponent) == exponent).any():
-                hint = "; a value is beyond 65504, use bf16 or f32" if tensor.kind == "F16" else ""
-                raise InputError(f"tensor '{tensor.name}' holds NaN or infinity as {tensor.kind}{hint}")
-
-
-def _check_loads(path: Path, probes: Sequence[tuple[str, list[int]]]) -> list[str]:
-    """Load the finished file with llama.cpp, and return the probe texts that it cuts into other tokens.
-
-    Raises InputError with llama.cpp's reason when it does not load.
-    """
-    llama_cpp = native()
-    from pyfirst.native import captured_errors
-
-    params = llama_cpp.llama_model_default_params()
-    params.n_gpu_layers = 0
-    params.use_extra_bufts = False  # no repacking: this reads little of the file
-    with captured_errors() as reasons:
-        model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
-    if not model:
-        reason = reasons[0].strip() if reasons else "no reason given"
-        raise InputError(f"llama.cpp does not load the result: {reason}")
-    try:
-        vocab = llama_cpp.llama_model_get_vocab(model)
-        wrong = []
-        for text, expected in probes:
-            raw = text.encode()
-            ids = (llama_cpp.llama_token * (len(raw) + 8))()
-            count = llama_cpp.llama_tokenize(vocab, raw, len(raw), ids, len(ids), False, True)
-            if list(ids[: max(count, 0)]) != list(expected):
-                wrong.append(text)
-        return wrong
-    finally:
-        llama_cpp.llama_model_free(model)
-
-
-def _fallback_cost(path: Path, fallbacks: list[dict[str, Any]]) -> int:
-    """Bytes that fallback types add to the tensors of a file."""
-    lib = gguf()
-    sizes = {name.lower(): lib.GGML_QUANT_SIZES[kind] for name, kind in lib.GGMLQuantizationType.__members__.items()}
-    counts = {t.name: t.elements for t in pack.open_gguf(path).tensors}
-    cost = 0.0
-    for entry in fallbacks:
-        (block, size), (wanted_block, wanted_size) = (
-            sizes[entry["got"].lower()],
-            sizes[entry["wanted"].lower()],
-        )
-        cost += counts[entry["tensor"]] * (size / block - wanted_size / wanted_block)
-    return round(cost)
-
-
 def _check_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
     """Raise InputError, naming both numbers, for a recipe of another depth or width."""
     config, path = recipe.config, checkpoint.path / "config.json"
@@ -231,6 +170,7 @@ def convert(
     pre_tokenizer: str | None = None,
     threads: int = 0,
     force: bool = False,
+    allow_dense: bool = False,
     dry_run: bool = False,
     verbose: bool = False,
 ) -> dict[str, Any]:
@@ -267,7 +207,7 @@ def convert(
 
     source = base_gguf if base_gguf is not None else strip
     if source is not None:
-        return _from_gguf(Path(source), outfile, recipe, dry_run, started)
+        return _from_gguf(Path(source), outfile, recipe, allow_dense, dry_run, started)
 
     checkpoint = Checkpoint(local_folder(model_dir or "", weights=True))
     adapter = _lora_dir(recipe, lora)
@@ -332,7 +272,7 @@ def convert(
                 f"{adapter}: the LoRA makes the tied output matrix differ from the embeddings, but for this "
                 "architecture llama.cpp's converter writes no output.weight"
             )
-        _check_finite(stage)
+        check.finite(stage)
         fallbacks: list[dict[str, Any]] = []
         result = stage
         if not direct:
@@ -343,16 +283,20 @@ def convert(
             fallbacks = _child("first_convert.quantize", job, folder)["fallbacks"]
             pack.open_gguf(result)  # native code does not see a disk that fills up
             stage.unlink()
-        cost = _fallback_cost(result, fallbacks)
+        cost = check.fallback_cost(result, fallbacks)
         if fallbacks:
             kinds = sorted({f"{entry['wanted']} -> {entry['got']}" for entry in fallbacks})
             _say(f"{len(fallbacks)} tensors too narrow for {kind}: {', '.join(kinds)}, {_size(cost)} more")
-        wrong = _check_loads(result, answer["probes"])
+        wrong = check.loads(result, answer["probes"])
         if wrong and (pre_tokenizer or answer["pre_tokenizer"]):
             name = pre_tokenizer or answer["pre_tokenizer"]
             raise InputError(f"{checkpoint.path}: as '{name}', llama.cpp cuts {wrong[0]!r} into other tokens")
         if wrong:
             _say(f"warning: llama.cpp cuts {len(wrong)} of {len(answer['probes'])} strings into other tokens")
+        if recipe is not None and (reason := check.routes(result)):
+            if not allow_dense:
+                raise InputError(f"{reason}; --allow-dense writes a file that runs all layers")
+            _say(f"warning: {reason}; the file will run all layers")
         _publish(result, outfile)
     return {
         "outfile": str(outfile),
@@ -374,7 +318,9 @@ def _base_model(adapter: Path | None) -> str:
     return read_json(adapter / ADAPTER_CONFIG_NAME).get("base_model_name_or_path") or ""
 
 
-def _from_gguf(source: Path, outfile: Path, recipe: Recipe | None, dry_run: bool, started: float) -> dict[str, Any]:
+def _from_gguf(
+    source: Path, outfile: Path, recipe: Recipe | None, allow_dense: bool, dry_run: bool, started: float
+) -> dict[str, Any]:
     """--base-gguf (with a recipe) and --strip (without)."""
     reader = pack.open_gguf(source)
     if recipe is not None:
@@ -389,7 +335,11 @@ def _from_gguf(source: Path, outfile: Path, recipe: Recipe | None, dry_run: bool
         answer = pack.pack(source, result, recipe) if recipe is not None else pack.strip(source, result)
         if answer.get("replaced_routers"):
             _say("the file had routers already; they are replaced")
-        _check_loads(result, ())
+        check.loads(result, ())
+        if recipe is not None and (reason := check.routes(result)):
+            if not allow_dense:
+                raise InputError(f"{reason}; --allow-dense writes a file that runs all layers")
+            _say(f"warning: {reason}; the file will run all layers")
         _publish(result, outfile)
     return {
         "outfile": str(outfile),
@@ -404,7 +354,8 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     """Run the parsed command line and print the result on stdout."""
     if args.outfile is None:
         raise InputError("--outfile FILE is required")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
     options = {name: value for name, value in vars(args).items() if name != "json"}
     result = convert(options.pop("model_dir"), **options)
     if args.json:
