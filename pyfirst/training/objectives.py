@@ -109,12 +109,13 @@ def start_from(
 ) -> None:
     """Start the routers from leave-one-out: the dearer a layer, the higher its score, per kind of prompt.
 
-        y_l(x) = clip((delta_l(x) - q) / s, -spread, spread)
+        y_l(x) = clip((delta_l(x) - q(x)) / s(x), -spread, spread)
         w_l, b_l = ridge regression of y_l(x) on the mean features of x
 
-    q is the ``1 - keep`` quantile of all deltas and s the median distance to it, so that at a threshold of
-    0.5 about the wanted share of layers is kept. With a single kind of prompt this is a prior in the biases;
-    with several, the part of a layer's worth that the prompt foretells goes into the weights.
+    q(x) is the ``1 - keep`` quantile of the deltas of x and s(x) the median distance to it, so that at a
+    threshold of 0.5 every prompt keeps about the wanted share of layers. With a single kind of prompt this is
+    a prior in the biases; with several, the part of a layer's worth that the prompt foretells goes into the
+    weights.
 
     Args:
         deltas, features: from ``leave_one_out``.
@@ -123,8 +124,8 @@ def start_from(
     """
     open_layers = (~model.protected).nonzero()[:, 0]
     y = deltas[:, open_layers]
-    y = y - y.quantile(1 - keep)
-    y = (y / y.abs().median().clamp(min=1e-6)).clamp(-spread, spread)
+    y = y - y.quantile(1 - keep, 1, keepdim=True)
+    y = (y / y.abs().median(1, keepdim=True).values.clamp(min=1e-6)).clamp(-spread, spread)
     for column, layer in enumerate(open_layers):
         x, target = features[:, layer], y[:, column]
         centre = x.mean(0)
