@@ -150,3 +150,34 @@ def test_half_a_set_of_router_keys_is_not_run_silently(tiny_model, tmp_path):
     pack.rewrite(source, tmp_path / "half.gguf", [], lambda name: name != "first.router.bias")
     with pytest.raises(ValueError), opened(tmp_path / "half.gguf"):
         pass
+
+
+LOGITS = """
+import json, sys
+import numpy as np
+from native_model import opened
+with opened(sys.argv[1], n_threads=1) as model:
+    np.save(sys.argv[2], model.feed(json.loads(sys.argv[3])))
+"""
+
+
+@pytest.mark.parametrize("kind", ["f32", "q8_0"])
+def test_unpatched_llama_cpp_runs_the_file_as_the_dense_model(kind, wide, tmp_path):
+    """The stock library gives a FiRST file the logits it gives the base, to the bit."""
+    import json
+    import os
+    import subprocess
+    import sys
+
+    from test_patch import STOCK
+
+    recipe, base, _ = wide
+    quantize.quantize(base, tmp_path / "base.gguf", kind)
+    convert.convert(base_gguf=tmp_path / "base.gguf", first=recipe, outfile=tmp_path / "first.gguf")
+    environment = {**os.environ, "LLAMA_CPP_LIB_PATH": str(STOCK), "PYTHONPATH": os.pathsep.join(sys.path)}
+    for name in ("base", "first"):
+        command = [sys.executable, "-c", LOGITS, tmp_path / f"{name}.gguf", tmp_path / f"{name}.npy"]
+        command.append(json.dumps(tiny.prompt()))
+        done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert np.array_equal(np.load(tmp_path / "base.npy"), np.load(tmp_path / "first.npy"))
