@@ -32,12 +32,8 @@ def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "tasks.jsonl"
     lines = []
     for i in range(40):
-        lines.append(
-            {"prompt": f"Add {i} and {i + 1}.", "response": f"The sum is {2 * i + 1}.", "task": "math"}
-        )
-        lines.append(
-            {"prompt": "over the lazy dog " * (i % 5 + 1) + str(i), "response": "fox", "task": "text"}
-        )
+        lines.append({"prompt": f"Add {i} and {i + 1}.", "response": f"The sum is {2 * i + 1}.", "task": "math"})
+        lines.append({"prompt": "over the lazy dog " * (i % 5 + 1) + str(i), "response": "fox", "task": "text"})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
 
@@ -52,7 +48,7 @@ def arguments(folder, data, out, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def trained(folder, data, tmp_path_factory):
     out = tmp_path_factory.mktemp("recipe") / "out"
-    assert main(arguments(folder, data, out, "--data-note", "made up, CC0")) == 0
+    assert main(arguments(folder, data, out, "--note", "data: made up, CC0")) == 0
     return out
 
 
@@ -105,7 +101,7 @@ def test_stored_recipe_decides_as_measured(folder, trained, data):
 
 def test_same_seed_same_recipe(folder, data, trained, tmp_path):
     assert main(arguments(folder, data, tmp_path / "again")) == 0
-    for name in ("first_routers.safetensors", "adapter_model.safetensors"):
+    for name in ("first_routers.safetensors", "adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (trained / name).read_bytes()
 
 
@@ -201,9 +197,7 @@ def test_collapse_is_told():
 
 
 def test_missed_budget_is_told(folder, data, tmp_path, capsys):
-    assert (
-        main(arguments(folder, data, tmp_path / "out", "--objective", "paper", "--target-skip", "0.5")) == 0
-    )
+    assert main(arguments(folder, data, tmp_path / "out", "--objective", "paper", "--target-skip", "0.5")) == 0
     assert "the target was 50%" in capsys.readouterr().err
 
 
@@ -226,11 +220,7 @@ def test_missed_budget_is_told(folder, data, tmp_path, capsys):
 def test_wrong_options_end_in_one_line(folder, data, tmp_path, capsys, more, words):
     capsys.readouterr()
     assert main(arguments(folder, data, tmp_path / "out", *more)) == 2
-    lines = [
-        line
-        for line in capsys.readouterr().err.splitlines()
-        if not line.startswith(("0 prompts", "80 prompts"))
-    ]
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("0 prompts", "80 prompts"))]
     assert len([line for line in lines if "error:" in line]) == 1
     assert words in lines[-1]
     assert not (tmp_path / "out").exists()

@@ -26,7 +26,7 @@ PRIVATE = (
     "resume",
     "recipe",
     "save_steps",
-    "data_note",
+    "note",
     "base_name",
 )
 CALIBRATION_POINTS = 21
@@ -192,7 +192,7 @@ def card(config: FirstConfig, args: argparse.Namespace) -> str:
         f"- trained on: {config.training['drawn']} examples drawn from "
         + ", ".join(f"{count} {task}" for task, count in config.training["data"].items()),
     ]
-    lines += [f"- data: {note}" for note in args.data_note]
+    lines += [f"- {note}" for note in args.note]
     lines += ["", "Mean cross-entropy in nats per response token on held-back examples:", ""]
     columns = ["base", "dense_lora", "routed"] if "dense_lora" in results else ["base", "routed"]
     names = {"base": "base, all layers", "dense_lora": "LoRA, all layers", "routed": "routed"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import logging
 import math
 import os
@@ -74,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="go on from the checkpoints of an interrupted run")
     add("--base-name", help="name of the base model for the card (default: the directory's)")
     add("--base-license", default="", help="licence of the base model for the card, such as apache-2.0")
-    add("--data-note", action="append", default=[], help="credit and licence of a data set for the card")
+    add("--note", action="append", default=[], help="line for the card: credit and licence of data, say")
     return result
 
 
@@ -284,6 +285,11 @@ def write(out: Path, model: Any, config: FirstConfig, args: argparse.Namespace) 
         new = Path(folder) / "new"
         if args.phase != "routers":
             model.base.save_pretrained(new)
+            path = new / ADAPTER_CONFIG_NAME
+            adapter = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(adapter["target_modules"], list):  # PEFT writes a set, in any order
+                adapter["target_modules"].sort()
+            path.write_text(json.dumps(adapter, indent=2) + "\n", encoding="utf-8")
             path = new / ADAPTER_WEIGHTS_NAME
             tensors = {name: tensor.half() for name, tensor in load_file(path).items()}
             bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
