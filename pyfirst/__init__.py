@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from pyfirst.errors import InputError
 
 if TYPE_CHECKING:
+    from pyfirst.batch import FirstBatch
     from pyfirst.llama import FirstLlama, Routing
 
-__all__ = ["FirstLlama", "InputError", "Routing"]
+__all__ = ["FirstBatch", "FirstLlama", "InputError", "Routing"]
 
 try:
     __version__ = importlib.metadata.version("pyfirst")
@@ -21,7 +23,7 @@ except importlib.metadata.PackageNotFoundError:
 def __getattr__(name: str) -> Any:
     # Training and conversion import pyfirst without needing the native library.
     if name in ("FirstLlama", "Routing"):
-        from pyfirst import llama
-
-        return getattr(llama, name)
+        return getattr(importlib.import_module("pyfirst.llama"), name)
+    if name == "FirstBatch":
+        return importlib.import_module("pyfirst.batch").FirstBatch
     raise AttributeError(f"module 'pyfirst' has no attribute {name!r}")

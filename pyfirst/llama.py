@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,30 @@ def usable_cpus() -> int:
     return count
 
 
+def pick_threshold(
+    model: int, model_path: str, keys: dict[str, str], threshold: float | None, skip: float | None
+) -> float:
+    """The threshold to route with: as given, for a share of layers to skip (0 to 1), or what the file says.
+
+    Raises InputError for values out of range and for a share that the file has no calibration for.
+    """
+    if threshold is not None and skip is not None:
+        raise InputError("threshold and skip exclude each other")
+    if skip is not None:
+        if not 0 <= skip <= 1:
+            raise InputError(f"skip is {skip}, expected a share of layers from 0 to 1")
+        thresholds, kept = native.calibration(model)
+        if not len(kept):
+            raise InputError(f"{model_path}: not calibrated, so skip={skip} cannot be translated; use threshold=")
+        order = np.argsort(kept, kind="stable")
+        return float(np.interp(1 - skip, kept[order], thresholds[order]))
+    if threshold is None:
+        return float(keys.get(metadata.ROUTER_THRESHOLD, 0.5))
+    if not np.isfinite(threshold):
+        raise InputError(f"threshold is {threshold}, expected a finite number")
+    return float(threshold)
+
+
 def common_prefix(a: Iterable[int], b: Iterable[int]) -> int:
     """Number of leading tokens that are equal."""
     n = 0
@@ -126,9 +151,9 @@ class FirstLlama(llama_cpp.Llama):
     ):
         if prefill not in (None, *metadata.PREFILL_MODES):
             raise InputError(f"prefill is {prefill!r}, expected one of {', '.join(metadata.PREFILL_MODES)}")
-        if threshold is not None and skip is not None:
-            raise InputError("threshold and skip exclude each other")
         kwargs.setdefault("verbose", False)
+        # The parent's default seed gives every process the same first answer.
+        kwargs.setdefault("seed", random.SystemRandom().getrandbits(31))
         for key in ("n_threads", "n_threads_batch"):
             kwargs[key] = kwargs.get(key) or usable_cpus()
         self._open_model(os.fspath(model_path), kwargs)
@@ -137,7 +162,9 @@ class FirstLlama(llama_cpp.Llama):
         self.has_routers = native.routed_layers(self.model) > 0
         self.prefill: str = prefill or self.metadata.get(metadata.PREFILL, "full")
         self.window = int(self.metadata.get(metadata.WINDOW, 512))
-        wanted = min(self.window, self.n_ctx())
+        # llama.cpp rounds a small context up; the parent's buffers do not follow.
+        self._n_cells = min(self.n_ctx(), len(self.input_ids))
+        wanted = min(self.window, self._n_cells)
         if self.prefill == "skip" and self.context_params.n_ubatch < wanted:
             # The tokens that decide must be in one micro-batch, or the mask would depend on its size.
             self.close()
@@ -158,40 +185,15 @@ class FirstLlama(llama_cpp.Llama):
             if self._forced is None:
                 logger.warning("%s: no routers in this file, running dense", model_path)
         elif routing:
-            self.threshold = self._pick_threshold(threshold, skip)
+            self.threshold = pick_threshold(self.model, os.fspath(model_path), self.metadata, threshold, skip)
             native.set_routing(self.ctx, True)
             self._routed = True
         mode = native.set_prefill(self.ctx, metadata.PREFILL_MODES.index(self.prefill))
         self.prefill = metadata.PREFILL_MODES[mode]
 
     def _open_model(self, model_path: str, kwargs: dict[str, Any]) -> None:
-        if not Path(model_path).is_file():
-            raise InputError(
-                f"{model_path}: no such file" if not Path(model_path).exists() else f"{model_path}: not a file"
-            )
-        with native.captured_errors() as reasons:
-            try:
-                super().__init__(model_path, **kwargs)
-            except ValueError as error:
-                reason = reasons[0].partition(": ")[2] if reasons else str(error)
-                raise InputError(f"{model_path}: {reason}") from error
-
-    def _pick_threshold(self, threshold: float | None, skip: float | None) -> float:
-        if skip is not None:
-            if not 0 <= skip <= 1:
-                raise InputError(f"skip is {skip}, expected a share of layers from 0 to 1")
-            thresholds, kept = native.calibration(self.model)
-            if not len(kept):
-                raise InputError(
-                    f"{self.model_path}: not calibrated, so skip={skip} cannot be translated; use threshold="
-                )
-            order = np.argsort(kept, kind="stable")
-            return float(np.interp(1 - skip, kept[order], thresholds[order]))
-        if threshold is None:
-            return float(self.metadata.get(metadata.ROUTER_THRESHOLD, 0.5))
-        if not np.isfinite(threshold):
-            raise InputError(f"threshold is {threshold}, expected a finite number")
-        return float(threshold)
+        with native.explained(model_path):
+            super().__init__(model_path, **kwargs)
 
     def _check_mask(
         self, mask: Sequence[bool] | np.ndarray | None, skip_layers: Sequence[int] | None
@@ -320,8 +322,8 @@ class FirstLlama(llama_cpp.Llama):
         tokens = list(tokens)
         if not tokens and reset:
             raise InputError("the prompt is empty: at least one token must decide")
-        if len(tokens) > self.n_ctx():
-            raise InputError(f"the prompt has {len(tokens)} tokens, the context holds {self.n_ctx()}")
+        if len(tokens) > self._n_cells:
+            raise InputError(f"the prompt has {len(tokens)} tokens, the context holds {self._n_cells}")
         if reset:
             tokens = self._open(tokens)
         kwargs["reset"] = False
@@ -334,7 +336,7 @@ class FirstLlama(llama_cpp.Llama):
             except StopIteration:
                 return
             received = yield token
-            if self.n_tokens >= self.n_ctx():
+            if self.n_tokens >= self._n_cells:
                 # The parent would run into the end of the context in the middle of a character.
                 self._full = True
                 yield self.token_eos()

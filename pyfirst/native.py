@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.metadata
+import logging
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -61,7 +63,10 @@ def _load() -> ctypes.CDLL:
     if "llama_cpp" not in sys.modules:
         os.environ["LLAMA_CPP_LIB_PATH"] = str(lib_dir())
     import llama_cpp
+    from llama_cpp._logger import GGML_LOG_LEVEL_TO_LOGGING_LEVEL
 
+    # The bindings take warnings (3) for errors, and would print them also when told to be quiet.
+    GGML_LOG_LEVEL_TO_LOGGING_LEVEL[3] = logging.WARNING
     if llama_cpp.__version__ != BINDINGS_VERSION:
         raise ImportError(
             f"llama-cpp-python {llama_cpp.__version__} is installed, pyfirst needs {BINDINGS_VERSION}: "
@@ -121,6 +126,33 @@ def captured_errors() -> Iterator[list[str]]:
         yield lines
     finally:
         llama_cpp.llama_log_set(llama_log_callback, ctypes.c_void_p(0))
+
+
+@contextlib.contextmanager
+def explained(model_path: str) -> Iterator[None]:
+    """Turn a failure to load ``model_path`` into an InputError that gives llama.cpp's reason."""
+    path = Path(model_path)
+    if not path.is_file():
+        raise InputError(f"{model_path}: {'not a file' if path.exists() else 'no such file'}")
+    with captured_errors() as reasons:
+        try:
+            yield
+        except ValueError as error:
+            reason = reasons[0].partition(": ")[2] if reasons else str(error)
+            raise InputError(f"{model_path}: {reason}") from error
+
+
+def token_bytes(vocab: Any, token: int) -> bytes:
+    """The bytes that a token stands for; control tokens stand for none."""
+    import llama_cpp
+
+    size = 64
+    while True:
+        buffer = ctypes.create_string_buffer(size)
+        n = llama_cpp.llama_token_to_piece(vocab, token, buffer, size, 0, False)
+        if n >= 0:
+            return buffer.raw[:n]
+        size = -n
 
 
 def _check(status: int, what: str) -> int:

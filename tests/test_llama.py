@@ -190,6 +190,16 @@ def test_a_file_without_routers_says_that_it_runs_dense(tiny_model, caplog):
     assert not caplog.text
 
 
+def test_the_default_seed_differs_and_a_given_one_does_not(files):
+    path = files["full"][2]
+
+    def answer(**kwargs) -> str:
+        return FirstLlama(path, **F32, **kwargs)("the quick", max_tokens=12, temperature=1.0)["choices"][0]["text"]
+
+    assert len({answer() for _ in range(4)}) > 1
+    assert answer(seed=5) == answer(seed=5)
+
+
 def test_threshold_and_skip(files):
     path = files["full"][2]
     prompt = tiny.prompt(12, 3)
@@ -242,8 +252,9 @@ def test_wrong_input_is_value_error(files, tmp_path):
         lambda: llm([]),
         lambda: llm.create_chat_completion([]),
         lambda: llm("the quick " * 200),
+        lambda: llm(tiny.prompt(65)),
         lambda: list(llm.generate([])),
-        lambda: list(llm.generate(tiny.prompt(llm.n_ctx() + 1))),
+        lambda: list(llm.generate(tiny.prompt(65))),
         lambda: llm("x", mask=[1, 0]),
         lambda: llm("x", skip_layers=[4]),
         lambda: llm("x", mask=[1, 1, 1, 1], skip_layers=[1]),

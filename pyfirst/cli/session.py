@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -14,11 +13,7 @@ from pyfirst.info import info
 from pyfirst.llama import FirstLlama
 
 import llama_cpp  # isort: skip  (after pyfirst, which points it at our library)
-from llama_cpp._logger import GGML_LOG_LEVEL_TO_LOGGING_LEVEL
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
-# llama-cpp-python takes llama.cpp's warnings (3) for errors and prints them even when told to be quiet.
-GGML_LOG_LEVEL_TO_LOGGING_LEVEL[3] = logging.WARNING
 
 CLOCK = "time.perf_counter around reading the prompt and around each later step; sampling included"
 

@@ -1,0 +1,522 @@
+"""FirstBatch: many sequences at once, each with its own layers.
+
+Continuous batching on one context: a place that a finished sequence leaves is taken at once. Prompts and single
+decode steps share a batch; a layer runs for it if one of the sequences keeps it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+import random
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pyfirst import metadata, native
+from pyfirst.errors import InputError
+from pyfirst.llama import Routing, common_prefix, pick_threshold, usable_cpus
+
+import llama_cpp  # isort: skip  (after native, which points it at our library)
+from llama_cpp import _internals as internals  # isort: skip
+
+# Below this a shared prefix is not worth a copy of its keys and values.
+MIN_SHARED_PREFIX = 16
+
+
+@dataclass
+class Request:
+    """One prompt and how to answer it. Token counts are positive; ``seed`` None draws one."""
+
+    tokens: list[int]
+    max_tokens: int = 16
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    mask: np.ndarray | None = None
+
+
+@dataclass
+class Update:
+    """What a step added to one request.
+
+    Attributes:
+        request: the handle that submit() returned.
+        text: new text, complete characters only, never a part of a stop string; may be empty.
+        finish_reason: None while the sequence goes on, else "stop" or "length".
+    """
+
+    request: int
+    text: str
+    finish_reason: str | None
+
+
+class _Text:
+    """Tokens to text: holds back broken characters and what may become a stop string."""
+
+    def __init__(self, stop: Sequence[str]):
+        self.stop = [s for s in stop if s]
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.held = ""
+        self.all = ""
+
+    def feed(self, piece: bytes) -> tuple[str, bool]:
+        """(text to show, whether a stop string was met)."""
+        self.held += self.decoder.decode(piece)
+        hits = [self.held.find(s) for s in self.stop if s in self.held]
+        if hits:
+            return self._show(min(hits)), True
+        keep = max(
+            (n for s in self.stop for n in range(1, min(len(s), len(self.held) + 1)) if self.held.endswith(s[:n])),
+            default=0,
+        )
+        return self._show(len(self.held) - keep), False
+
+    def finish(self) -> str:
+        """What was held back for a stop string that did not come; half a character is dropped."""
+        return self._show(len(self.held))
+
+    def _show(self, n: int) -> str:
+        text, self.held = self.held[:n], self.held[n:]
+        self.all += text
+        return text
+
+
+@dataclass
+class _Slot:
+    """A sequence of the context at work on a request."""
+
+    handle: int
+    request: Request
+    sampler: Any
+    text: _Text
+    routing: Routing
+    n_past: int = 0
+    pending: list[int] = field(default_factory=list)  # tokens to compute next
+    n_generated: int = 0
+
+    @property
+    def reading(self) -> bool:
+        """Whether the prompt is still being read."""
+        return self.n_generated == 0
+
+
+class FirstBatch:
+    """Answers many prompts together; each is routed, or forced, on its own.
+
+    Args:
+        model_path: GGUF file.
+        n_parallel: sequences at once. Memory is bounded by n_parallel * n_ctx cells of keys and values.
+        n_ctx: tokens per sequence, prompt and answer together.
+        routing, threshold, skip, prefill: as in FirstLlama.
+        n_batch: tokens that one step computes at most.
+        n_threads: default: the CPUs this process may use.
+        kv_unified: one pool of n_parallel * n_ctx cells for all sequences instead of one per sequence.
+        type_k, type_v: ggml types of keys and values (default f16).
+        verbose: show llama.cpp's log.
+
+    Raises:
+        ValueError: as FirstLlama.
+    """
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str],
+        *,
+        n_parallel: int = 8,
+        n_ctx: int = 512,
+        routing: bool = True,
+        threshold: float | None = None,
+        skip: float | None = None,
+        prefill: str | None = None,
+        n_batch: int = 512,
+        n_threads: int | None = None,
+        kv_unified: bool = False,
+        type_k: int | None = None,
+        type_v: int | None = None,
+        verbose: bool = False,
+    ):
+        if n_parallel < 1 or n_ctx < 2 or n_batch < 1:
+            raise InputError(f"n_parallel {n_parallel}, n_ctx {n_ctx}, n_batch {n_batch}: expected positive numbers")
+        limit = llama_cpp.llama_max_parallel_sequences()
+        if n_parallel + 1 > limit:
+            raise InputError(f"n_parallel is {n_parallel}, llama.cpp holds {limit - 1} sequences and a shared prefix")
+        if prefill not in (None, *metadata.PREFILL_MODES):
+            raise InputError(f"prefill is {prefill!r}, expected one of {', '.join(metadata.PREFILL_MODES)}")
+        self.model_path = os.fspath(model_path)
+        self.n_parallel, self.n_ctx, self.verbose = n_parallel, n_ctx, verbose
+        with native.explained(self.model_path):
+            self._model = internals.LlamaModel(
+                path_model=self.model_path, params=llama_cpp.llama_model_default_params(), verbose=verbose
+            )
+        self.metadata: dict[str, str] = self._model.metadata()
+        self.n_layer: int = llama_cpp.llama_model_n_layer(self._model.model)
+        self.prefill = prefill or self.metadata.get(metadata.PREFILL, "full")
+        self.window = int(self.metadata.get(metadata.WINDOW, 512))
+        if self.prefill == "skip":
+            n_batch = max(n_batch, min(self.window, n_ctx))
+        self.n_batch = n_batch
+
+        params = llama_cpp.llama_context_default_params()
+        params.n_seq_max = n_parallel + 1  # the last one holds a shared prefix
+        params.n_ctx = n_ctx * params.n_seq_max
+        params.n_batch = params.n_ubatch = n_batch
+        params.n_threads = params.n_threads_batch = n_threads or usable_cpus()
+        params.kv_unified = kv_unified
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if type_k is not None:
+            params.type_k = type_k
+        if type_v is not None:
+            params.type_v = type_v
+        self._ctx = internals.LlamaContext(model=self._model, params=params, verbose=verbose)
+        self._batch = llama_cpp.llama_batch_init(n_batch, 0, 1)
+
+        self.threshold: float | None = None
+        if routing and native.routed_layers(self._model.model):
+            self.threshold = pick_threshold(self._model.model, self.model_path, self.metadata, threshold, skip)
+            native.set_threshold(self._ctx.ctx, self.threshold)
+            native.set_routing(self._ctx.ctx, True)
+        self.prefill = metadata.PREFILL_MODES[
+            native.set_prefill(self._ctx.ctx, metadata.PREFILL_MODES.index(self.prefill))
+        ]
+
+        self._slots: list[_Slot | None] = [None] * n_parallel
+        self._waiting: deque[tuple[int, Request]] = deque()
+        self._next_handle = 0
+        self._shared: list[int] = []  # tokens of the prefix that the extra sequence holds
+        self._routings: dict[int, Routing] = {}
+
+    def close(self) -> None:
+        """Free the context and the model; using the object afterwards raises RuntimeError."""
+        if self._ctx.ctx is not None:
+            llama_cpp.llama_batch_free(self._batch)
+        self._ctx.close()
+        self._model.close()
+
+    def _check_open(self) -> None:
+        if self._ctx.ctx is None:
+            raise RuntimeError("this FirstBatch is closed")
+
+    def __enter__(self) -> FirstBatch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def tokenize(self, text: str, special: bool = True) -> list[int]:
+        """Token ids of a prompt, with BOS where the model wants one."""
+        return self._model.tokenize(text.encode("utf-8"), self._model.add_bos_token(), special)
+
+    def submit(self, request: Request) -> int:
+        """Queue a request and return its handle. Raises InputError if it cannot fit."""
+        self._check_open()
+        n = len(request.tokens)
+        if n == 0:
+            raise InputError("the prompt is empty: at least one token must decide")
+        if n >= self.n_ctx:
+            raise InputError(f"the prompt has {n} tokens, n_ctx is {self.n_ctx} per sequence")
+        if request.max_tokens < 1:
+            raise InputError(f"max_tokens is {request.max_tokens}, expected at least 1")
+        n_vocab = self._model.n_vocab()
+        for token in request.tokens:
+            if not 0 <= token < n_vocab:
+                raise InputError(f"the prompt holds token {token}, the vocabulary has {n_vocab}")
+        if request.mask is not None:
+            request.mask = np.asarray(request.mask)
+            if request.mask.shape != (self.n_layer,):
+                raise InputError(f"mask has shape {list(request.mask.shape)}, the model has {self.n_layer} layers")
+            request.mask = request.mask.astype(bool)
+        handle = self._next_handle
+        self._next_handle += 1
+        self._waiting.append((handle, request))
+        return handle
+
+    def cancel(self, handle: int) -> None:
+        """Forget a request; its sequence is free for the next one. Unknown handles are ignored."""
+        self._waiting = deque((h, r) for h, r in self._waiting if h != handle)
+        for seq, slot in enumerate(self._slots):
+            if slot is not None and slot.handle == handle:
+                self._release(seq)
+        self._routings.pop(handle, None)
+
+    @property
+    def n_active(self) -> int:
+        """Sequences at work."""
+        return sum(slot is not None for slot in self._slots)
+
+    @property
+    def n_waiting(self) -> int:
+        """Requests without a sequence yet."""
+        return len(self._waiting)
+
+    def routing(self, handle: int) -> Routing | None:
+        """What was decided for a request; None before its prompt has been read or after take_routing()."""
+        return self._routings.get(handle)
+
+    def take_routing(self, handle: int) -> Routing | None:
+        """As routing(), and forget it."""
+        return self._routings.pop(handle, None)
+
+    def _release(self, seq: int) -> None:
+        slot = self._slots[seq]
+        if slot is not None:
+            slot.sampler.close()
+        self._slots[seq] = None
+        self._ctx.kv_cache_seq_rm(seq, -1, -1)
+
+    def _sampler(self, request: Request) -> Any:
+        """The same chain as llama_cpp.Llama's."""
+        sampler = internals.LlamaSampler()
+        sampler.add_penalties(self._model.n_vocab(), 64, request.repeat_penalty, 0.0, 0.0)
+        if request.temperature <= 0:
+            sampler.add_greedy()
+            return sampler
+        sampler.add_top_k(request.top_k)
+        sampler.add_top_p(request.top_p, 1)
+        sampler.add_min_p(request.min_p, 1)
+        sampler.add_temp(request.temperature)
+        sampler.add_dist(random.SystemRandom().getrandbits(32) if request.seed is None else request.seed)
+        return sampler
+
+    def _routed(self, request: Request) -> bool:
+        return request.mask is None and self.threshold is not None
+
+    def _start(self, seq: int, handle: int, request: Request) -> None:
+        """Give a sequence to a request."""
+        ctx = self._ctx.ctx
+        self._ctx.kv_cache_seq_rm(seq, -1, -1)
+        shared = min(common_prefix(self._shared, request.tokens), len(self._shared))
+        if shared == len(self._shared) > 0 and self._routed(request) and len(request.tokens) > shared:
+            # The scores of the prefix come along and count.
+            self._ctx.kv_cache_seq_cp(self.n_parallel, seq, -1, -1)
+        else:
+            shared = 0
+            if self._routed(request):
+                native.begin(ctx, seq)
+            elif request.mask is not None and self.prefill == "skip":
+                native.set_mask(ctx, request.mask, seq)
+            elif self.threshold is not None:
+                # Without a mask of its own an empty sequence would be routed.
+                native.set_mask(ctx, np.ones(self.n_layer, bool), seq)
+        dense = Routing(np.ones(self.n_layer, bool), None, self.prefill, None)
+        slot = _Slot(handle, request, self._sampler(request), _Text(request.stop), dense)
+        slot.n_past, slot.pending = shared, request.tokens[shared:]
+        self._slots[seq] = slot
+
+    def _prompt_done(self, seq: int, slot: _Slot) -> None:
+        """The whole prompt has been read: pin the mask."""
+        ctx, mask = self._ctx.ctx, slot.request.mask
+        if self._routed(slot.request):
+            native.commit(ctx, seq)
+            pinned = native.get_mask(ctx, self.n_layer, seq)
+            assert pinned is not None
+            slot.routing = Routing(pinned, native.get_scores(ctx, self.n_layer, seq), self.prefill, self.threshold)
+        elif mask is not None:
+            if self.prefill == "full":
+                native.set_mask(ctx, mask, seq)
+            slot.routing = Routing(mask, None, self.prefill, None)
+        self._routings[slot.handle] = slot.routing
+
+    def step(self) -> list[Update]:
+        """Compute one batch: a token of each sequence that decodes, and prompt tokens as far as n_batch allows."""
+        self._check_open()
+        for seq, slot in enumerate(self._slots):
+            if slot is None and self._waiting:
+                self._start(seq, *self._waiting.popleft())
+        alone = next(
+            (
+                seq
+                for seq, slot in enumerate(self._slots)
+                if slot is not None and slot.n_past == 0 and self.prefill == "skip" and self._routed(slot.request)
+            ),
+            None,
+        )
+        n = 0
+        outputs: list[tuple[int, int]] = []  # (sequence, row of the batch)
+        used: list[tuple[int, int]] = []  # (sequence, tokens)
+        order = sorted(range(self.n_parallel), key=lambda seq: self._slots[seq] is None or self._slots[seq].reading)  # type: ignore[union-attr]
+        for seq in order:
+            slot = self._slots[seq]
+            if slot is None or (alone is not None and seq != alone):
+                continue
+            chunk = slot.pending[: self.n_batch - n]
+            for i, token in enumerate(chunk):
+                self._batch.token[n], self._batch.pos[n] = token, slot.n_past + i
+                self._batch.n_seq_id[n], self._batch.seq_id[n][0] = 1, seq
+                self._batch.logits[n] = i == len(slot.pending) - 1
+                if self._batch.logits[n]:
+                    outputs.append((seq, n))
+                n += 1
+            if chunk:
+                used.append((seq, len(chunk)))
+        if n == 0:
+            return []
+        self._batch.n_tokens = n
+        self._decode()
+        for seq, count in used:
+            slot = self._slots[seq]
+            assert slot is not None
+            slot.n_past += count
+            slot.pending = slot.pending[count:]
+        updates = []
+        for seq, row in outputs:
+            slot = self._slots[seq]
+            assert slot is not None
+            if slot.reading:
+                self._prompt_done(seq, slot)
+            updates.append(self._accept(seq, slot, slot.sampler.sample(self._ctx, row)))
+        return updates
+
+    def _decode(self) -> None:
+        status = llama_cpp.llama_decode(self._ctx.ctx, self._batch)
+        if status:
+            raise RuntimeError(f"llama_decode returned {status}")
+
+    def _accept(self, seq: int, slot: _Slot, token: int) -> Update:
+        """Take a sampled token; free the sequence if it was the last."""
+        slot.n_generated += 1
+        reason = None
+        if llama_cpp.llama_vocab_is_eog(self._model.vocab, token):
+            text, reason = slot.text.finish(), "stop"
+        else:
+            text, stopped = slot.text.feed(native.token_bytes(self._model.vocab, token))
+            if stopped:
+                reason = "stop"
+            elif slot.n_generated >= slot.request.max_tokens or slot.n_past + 1 >= self.n_ctx:
+                text, reason = text + slot.text.finish(), "length"
+            slot.pending = [token]
+        if reason:
+            self._release(seq)
+        return Update(slot.handle, text, reason)
+
+    def _share(self, requests: list[Request]) -> None:
+        """Read the longest prefix that all prompts share into the extra sequence, once."""
+        self._shared = []
+        self._ctx.kv_cache_seq_rm(self.n_parallel, -1, -1)
+        if len(requests) < 2 or self.prefill != "full" or not all(self._routed(r) for r in requests):
+            return
+        first = requests[0].tokens
+        n = min(min(common_prefix(first, r.tokens), len(r.tokens) - 1) for r in requests)
+        if n < MIN_SHARED_PREFIX:
+            return
+        native.begin(self._ctx.ctx, self.n_parallel)
+        for start in range(0, n, self.n_batch):
+            chunk = first[start : min(n, start + self.n_batch)]
+            for i, token in enumerate(chunk):
+                self._batch.token[i], self._batch.pos[i] = token, start + i
+                self._batch.n_seq_id[i], self._batch.seq_id[i][0] = 1, self.n_parallel
+                self._batch.logits[i] = False
+            self._batch.n_tokens = len(chunk)
+            self._decode()
+        self._shared = first[:n]
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        max_tokens: int | Sequence[int] = 16,
+        masks: Sequence[Sequence[bool] | np.ndarray | None] | None = None,
+        stop: str | Sequence[str] = (),
+        stream: bool = False,
+        **sampling: Any,
+    ) -> Any:
+        """Answer all prompts; completion dicts in their order, or with ``stream`` (index, chunk dict) as they come.
+
+        Args:
+            prompts: texts or token ids.
+            max_tokens: per answer, one number or one per prompt.
+            masks: bool [n_layer] per prompt, None where the routers decide.
+            stop: strings that end an answer.
+            stream: yield chunks of all answers, interleaved, as they are computed.
+            **sampling: temperature, top_k, top_p, min_p, repeat_penalty, seed: one value or one per prompt.
+
+        Raises:
+            ValueError: empty or overlong prompt, mask of the wrong length, lists of different lengths.
+        """
+        names = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed")
+        unknown = sorted(set(sampling) - set(names))
+        if unknown:
+            raise InputError(f"unknown argument '{unknown[0]}' (known: {', '.join(names)})")
+
+        def one(name: str, value: Any, i: int) -> Any:
+            if not isinstance(value, (list, tuple)):
+                return value
+            if len(value) != len(prompts):
+                raise InputError(f"{name} has {len(value)} entries for {len(prompts)} prompts")
+            return value[i]
+
+        if masks is not None and len(masks) != len(prompts):
+            raise InputError(f"masks has {len(masks)} entries for {len(prompts)} prompts")
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        requests = [
+            Request(
+                self.tokenize(prompt) if isinstance(prompt, str) else list(prompt),
+                max_tokens=one("max_tokens", max_tokens, i),
+                stop=stops,
+                mask=None if masks is None or masks[i] is None else np.asarray(masks[i]),
+                **{name: one(name, value, i) for name, value in sampling.items()},
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+        handles: dict[int, int] = {}
+        try:
+            for i, request in enumerate(requests):
+                handles[self.submit(request)] = i
+        except InputError as error:
+            for handle in handles:
+                self.cancel(handle)
+            raise InputError(f"prompt {len(handles)}: {error}") from None
+        events = self._run(requests, handles)
+        if stream:
+            return events
+        done: list[dict[str, Any]] = [{} for _ in prompts]
+        texts = [""] * len(prompts)
+        for i, chunk in events:
+            texts[i] += chunk["choices"][0]["text"]
+            if chunk["choices"][0]["finish_reason"]:
+                chunk["choices"][0]["text"] = texts[i]
+                done[i] = chunk
+        return done
+
+    def _run(self, requests: list[Request], handles: dict[int, int]) -> Iterator[tuple[int, dict[str, Any]]]:
+        self._share(requests)
+        counts = [0] * len(requests)
+        try:
+            while handles:
+                for update in self.step():
+                    i = handles.get(update.request)
+                    if i is None:
+                        continue
+                    counts[i] += 1
+                    yield i, self._chunk(requests[i], update, counts[i])
+                    if update.finish_reason:
+                        self._routings.pop(update.request, None)
+                        del handles[update.request]
+        finally:
+            for handle in handles:
+                self.cancel(handle)
+
+    def _chunk(self, request: Request, update: Update, n_generated: int) -> dict[str, Any]:
+        routing = self._routings[update.request]
+        return {
+            "id": f"cmpl-{uuid.uuid4()}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": self.model_path,
+            "choices": [{"text": update.text, "index": 0, "logprobs": None, "finish_reason": update.finish_reason}],
+            "usage": {
+                "prompt_tokens": len(request.tokens),
+                "completion_tokens": n_generated,
+                "total_tokens": len(request.tokens) + n_generated,
+            },
+            "first": routing.report(),
+        }
