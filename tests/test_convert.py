@@ -192,6 +192,7 @@ def test_command_quantises_and_reports(processes, tiny_model, tmp_path):
         and result["fallback_bytes"] > 0
     )
     assert "too narrow for q4_k_m" in done.stderr
+    assert all(line.startswith("first-convert: ") for line in done.stderr.splitlines())
     fields, _ = contents(out)
     assert fields[key.ROUTER_BIAS] == [10.0, -10.0, 10.0, 10.0]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.gguf", "recipe"]
@@ -257,7 +258,7 @@ def refused(capsys, out: Path, *args) -> str:
     before = sorted(p.name for p in out.parent.iterdir()) if out.parent.is_dir() else None
     assert main([*map(str, args), "--outfile", str(out)]) == 2
     captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if "error:" in line]
+    lines = [line for line in captured.err.splitlines() if "error" in line]
     assert len(lines) == 1 and captured.out == ""
     assert before == (sorted(p.name for p in out.parent.iterdir()) if out.parent.is_dir() else None)
     return lines[0]

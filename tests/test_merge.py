@@ -40,6 +40,9 @@ LORA = {
         {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
     ),
     "tied: trained tokens": ("llama-tied", {"target_modules": ["q_proj"], "trainable_token_indices": [5, 6]}),
+    "tied: gemma3's head": ("gemma3", {"target_modules": ["lm_head"]}),
+    "tied: gpt2's head": ("gpt2", {"target_modules": ["lm_head"]}),
+    "tied: gpt2's embeddings": ("gpt2", {"target_modules": ["wte"]}),
     "fused qkv": ("phi3", {}),
     "gemma's norms": ("gemma3", {"target_modules": ["q_proj", "down_proj"]}),
     "gptneox": ("gptneox", {}),
@@ -87,7 +90,14 @@ def test_merged_file_equals_unmerged_peft(name, tiny_model, tmp_path):
     ids = tiny.prompt()
     truth, got = peft_logits(model, adapter, ids), gguf_logits(tmp_path / "out.gguf", ids)
     assert np.abs(got - truth).max() < 1e-4
-    assert np.abs(got - gguf_logits(base, ids)).max() > 0.02  # the adapter does something
+    assert np.abs(got - gguf_logits(base, ids)).max() > 0.01  # the adapter does something
+
+
+def test_architecture_without_an_output_tensor_refuses_an_untied_head(tiny_model, tmp_path):
+    model, _ = tiny_model("gemma2")
+    adapter = tiny.adapter(model, tmp_path / "adapter", target_modules=["lm_head"])
+    with pytest.raises(InputError, match=r"no place for it: .*lm_head\.weight"):
+        convert(model, tmp_path / "out.gguf", lora=adapter)
 
 
 @pytest.mark.parametrize("heads, kv", [(4, 4), (4, 2), (4, 1), (8, 2)])

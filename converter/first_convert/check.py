@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,18 @@ def _params() -> Any:
     params.n_gpu_layers = 0
     params.use_extra_bufts = False  # no repacking: loading reads little of the file
     return params
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keep llama.cpp's log off the terminal; errors are raised with their reason instead."""
+    logger = logging.getLogger("llama-cpp-python")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def finite(path: Path) -> None:
@@ -35,6 +49,7 @@ def finite(path: Path) -> None:
                 raise InputError(f"tensor '{tensor.name}' holds NaN or infinity as {tensor.kind}{hint}")
 
 
+@_silent()
 def loads(path: Path, probes: Sequence[tuple[str, list[int]]]) -> list[str]:
     """Load the finished file with llama.cpp, and return the probe texts that it cuts into other tokens.
 
@@ -62,6 +77,7 @@ def loads(path: Path, probes: Sequence[tuple[str, list[int]]]) -> list[str]:
         llama_cpp.llama_model_free(model)
 
 
+@_silent()
 def routes(path: Path) -> str | None:
     """llama.cpp's reason why it cannot skip layers of this file, None when it can."""
     llama_cpp = native()

@@ -131,6 +131,10 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
             raise InputError(f"{job['model']}: {errors[-1] if errors else 'the converter gave up'}") from None
     except KeyError as error:
         raise InputError(f"{job['model']}: llama.cpp's converter misses {error} in config.json") from None
+    except ValueError as error:
+        if "map tensor" not in str(error):
+            raise
+        raise InputError(f"{job['model']}: llama.cpp's converter has no place for it: {error}") from None
     except NotImplementedError as error:
         hint = "; name one with --pre-tokenizer" if "pre-tokenizer" in str(error) else ""
         raise InputError(f"{job['model']}: {error}{hint}") from None

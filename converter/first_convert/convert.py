@@ -194,6 +194,8 @@ def convert(
         raise InputError("--base-gguf needs --first RECIPE_DIR, whose routers are packed")
     if imatrix is not None and kind in quantize.PLAIN:
         raise InputError(f"--imatrix is for quantised types, not {kind}")
+    if threads < 0:
+        raise InputError(f"--threads is {threads}, expected a positive number, or 0 for all cores")
     if outfile.is_dir():
         raise InputError(f"{outfile}: a directory, expected a file name")
     if not outfile.absolute().parent.is_dir():

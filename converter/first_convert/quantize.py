@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from first_convert.upstream import native
 from pyfirst.errors import InputError
 
@@ -119,10 +121,15 @@ def quantize(
     from llama_cpp._logger import llama_log_callback
 
     lines: list[str] = []
+    bar = tqdm(desc="Quantising", unit="tensor", leave=False, disable=None)
 
     @llama_cpp.llama_log_callback
     def log(level: int, text: bytes, user_data: Any) -> None:
-        lines.append(text.decode("utf-8", "replace"))
+        line = text.decode("utf-8", "replace")
+        lines.append(line)
+        if step := re.match(r"\[ *(\d+)/ *(\d+)\]", line):
+            bar.total, bar.n = int(step[2]), int(step[1])
+            bar.refresh()
 
     llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
     params = llama_cpp.llama_model_quantize_default_params()
@@ -136,6 +143,7 @@ def quantize(
         status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(params))
     finally:
         llama_cpp.llama_log_set(llama_log_callback, ctypes.c_void_p(0))
+        bar.close()
     del keep
     text = "".join(lines)
     if status != 0:
