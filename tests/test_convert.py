@@ -229,7 +229,7 @@ def test_full_disk_is_said_and_leaves_nothing(processes, tiny_model, tmp_path):
 
 def test_too_small_a_disk_is_refused_before_work(tiny_model, tmp_path, monkeypatch, capsys):
     model, _ = tiny_model("llama")
-    monkeypatch.setattr(convert, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
     assert main([str(model), "--outfile", str(tmp_path / "out.gguf")]) == 2
     assert "needed" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -300,6 +300,8 @@ def test_wrong_arguments(tiny_model, tmp_path, capsys):
     assert "exactly one" in refused(capsys, out, model, "--base-gguf", base)
     assert "stay as is" in refused(capsys, out, "--base-gguf", base, "--first", recipe, "--outtype", "q8_0")
     assert "needs --first" in refused(capsys, out, "--base-gguf", base)
+    assert "give one of them" in refused(capsys, out, "--strip", base, "--first", recipe)
+    assert "--threads" in refused(capsys, out, model, "--threads", "-1")
     assert "no such directory" in refused(capsys, tmp_path / "missing" / "out.gguf", model)
     assert "a directory" in refused(capsys, recipe, model)
     assert main([str(model)]) == 2 and "--outfile" in capsys.readouterr().err

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import zipfile
 from dataclasses import dataclass
@@ -187,12 +186,6 @@ class Checkpoint:
                 "set tie_word_embeddings to false to keep both, or remove the one that is wrong"
             )
         return head
-
-
-def free_bytes(path: Path) -> int:
-    """Bytes that this user may still write to the file system of ``path``."""
-    stat = os.statvfs(path)
-    return stat.f_bavail * stat.f_frsize
 
 
 def local_folder(name: str | Path, *, weights: bool) -> Path:

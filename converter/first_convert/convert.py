@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from first_convert import check, pack, quantize
-from first_convert.checkpoint import Checkpoint, free_bytes, local_folder, read_json
+from first_convert.checkpoint import Checkpoint, local_folder, read_json
 from pyfirst.cli import common
 from pyfirst.errors import InputError
 from pyfirst.recipe import ADAPTER_CONFIG_NAME, Recipe, load_recipe
@@ -192,6 +192,8 @@ def convert(
         )
     if base_gguf is not None and first is None:
         raise InputError("--base-gguf needs --first RECIPE_DIR, whose routers are packed")
+    if strip is not None and first is not None:
+        raise InputError("--strip removes routers and --first brings some; give one of them")
     if imatrix is not None and kind in quantize.PLAIN:
         raise InputError(f"--imatrix is for quantised types, not {kind}")
     if threads < 0:
@@ -227,7 +229,7 @@ def convert(
     middle = kind if direct else ("f32" if adapter else checkpoint.native_type())
     count = checkpoint.element_count
     needed = int(count * BITS.get(kind, 6.6) / 8) + (0 if direct else int(count * BITS[middle] / 8)) + (16 << 20)
-    free = free_bytes(outfile.parent)
+    free = shutil.disk_usage(outfile.parent).free
     plan: dict[str, Any] = {
         "model": str(checkpoint.path),
         "recipe": str(first) if first else None,
@@ -317,7 +319,8 @@ def _base_model(adapter: Path | None) -> str:
     """What the adapter says of its base, for provenance only; it is never looked up."""
     if adapter is None:
         return ""
-    return read_json(adapter / ADAPTER_CONFIG_NAME).get("base_model_name_or_path") or ""
+    name = read_json(adapter / ADAPTER_CONFIG_NAME).get("base_model_name_or_path") or ""
+    return Path(name).name if Path(name).exists() else name
 
 
 def _from_gguf(
@@ -326,8 +329,9 @@ def _from_gguf(
     """--base-gguf (with a recipe) and --strip (without)."""
     reader = pack.open_gguf(source)
     if recipe is not None:
+        pack.check_lora(recipe)
         pack.check_shape(reader, source, recipe)
-    needed, free = source.stat().st_size + (16 << 20), free_bytes(outfile.parent)
+    needed, free = source.stat().st_size + (16 << 20), shutil.disk_usage(outfile.parent).free
     if needed > free:
         raise OSError(f"{outfile.parent}: {_size(needed)} needed, {_size(free)} free")
     if dry_run:
@@ -356,7 +360,7 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     """Run the parsed command line and print the result on stdout."""
     if args.outfile is None:
         raise InputError("--outfile FILE is required")
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
         signal.signal(number, lambda received, _: sys.exit(128 + received))
     options = {name: value for name, value in vars(args).items() if name != "json"}
     result = convert(options.pop("model_dir"), **options)

@@ -117,7 +117,7 @@ def load_adapter(directory: Path) -> dict[str, torch.Tensor]:
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise InputError(f"{path}: '{key}' holds NaN or infinity")
-    return {key: tensor.float() for key, tensor in tensors.items()}
+    return {key: tensors[key].float() for key in sorted(tensors)}
 
 
 def meta_model(checkpoint: Checkpoint) -> nn.Module:

@@ -74,6 +74,15 @@ def open_gguf(path: str | Path) -> Gguf:
     return source
 
 
+def check_lora(recipe: Recipe) -> None:
+    """Raise InputError when the recipe holds a LoRA: a GGUF's tensors stay as they are."""
+    if recipe.adapter_dir is not None:
+        raise InputError(
+            f"{recipe.adapter_dir}: the recipe holds a LoRA, which cannot be merged into an existing GGUF; "
+            "convert from the Hugging Face model folder (MODEL_DIR) instead"
+        )
+
+
 def check_shape(source: Gguf, path: str | Path, recipe: Recipe) -> None:
     """Raise InputError, naming both numbers, when the recipe is for another depth or width."""
     architecture = source.get("general.architecture", "")
@@ -96,11 +105,7 @@ def _tags(source: Gguf, ours: bool) -> list[Entry]:
 
 def pack(base: str | Path, out: str | Path, recipe: Recipe) -> dict[str, Any]:
     """Copy ``base`` to ``out`` with the routers in it, replacing any that it held. Raises InputError."""
-    if recipe.adapter_dir is not None:
-        raise InputError(
-            f"{recipe.adapter_dir}: the recipe holds a LoRA, which cannot be merged into an existing GGUF; "
-            "convert from the Hugging Face model folder (MODEL_DIR) instead"
-        )
+    check_lora(recipe)
     source = open_gguf(base)
     check_shape(source, base, recipe)
     rewrite(source, out, [*_tags(source, True), *entries(recipe)], _plain)
