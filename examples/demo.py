@@ -41,7 +41,7 @@ def shell(*command: str | Path) -> None:
     subprocess.run(words, check=True)
 
 
-def decode_speed(llm: FirstLlama, prompt: list[int], n: int = 48) -> float:
+def decode_speed(llm: FirstLlama, prompt: list[int], n: int = 32) -> float:
     """Tokens per second after the first token, greedy, without stopping."""
     tokens = llm.generate(prompt, temp=0.0)
     next(tokens)
@@ -63,7 +63,7 @@ def main() -> None:
     dense = np.ones(llm.n_layer, bool)
     for task, text in PROMPTS.items():
         messages = [{"role": "user", "content": text}]
-        answer = llm.create_chat_completion(messages, temperature=0, max_tokens=96)
+        answer = llm.create_chat_completion(messages, temperature=0, repeat_penalty=1.1, max_tokens=96)
         report, routing = answer["first"], llm.routing
         assert routing is not None
         marks = "".join("█" if keep else "·" for keep in routing.mask)
@@ -73,7 +73,7 @@ def main() -> None:
 
         prompt = llm.input_ids[: answer["usage"]["prompt_tokens"]].tolist()
         speeds: dict[str, list[float]] = {"routed": [], "dense": []}
-        for _ in range(5):
+        for _ in range(3):
             for name, forced in (("routed", None), ("dense", dense)):
                 with llm.forcing(forced):
                     speeds[name].append(decode_speed(llm, prompt))
