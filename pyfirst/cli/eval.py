@@ -1,0 +1,300 @@
+"""first-eval: what leaving layers out costs in quality and gains in speed, on your own examples."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from pyfirst.cli import common
+from pyfirst.cli.run import parse_share
+from pyfirst.errors import InputError
+from pyfirst.metadata import PREFILL_MODES
+from pyfirst.scores import DEFAULT_METRICS, METRICS, need
+
+# name: (column, digits)
+COLUMNS = {
+    "tokens_per_s": ("tok/s", 1),
+    "ce": ("CE", 3),
+    "bleu": ("BLEU", 1),
+    "chrf": ("chrF", 1),
+    "rouge1": ("ROUGE-1", 1),
+    "rougeL": ("ROUGE-L", 1),
+    "bertscore": ("BERTScore", 1),
+    "exact": ("exact", 3),
+    "answer": ("answer", 3),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of first-eval."""
+    parser = common.parser(
+        "first-eval",
+        "Score GGUF models on JSON lines of prompts and references, in the runtime that will serve them.\n"
+        "Systems are files and modes: dense, routed (the routers decide), static:3,5,7 (these layers are left\n"
+        "out), even:N (N evenly spaced layers), random:N; even and random keep the first and the last layer.\n"
+        "Every score has a 95% bootstrap interval, and its difference to the first system has one too.",
+        "first-eval -m smollm2-first.gguf --data test.jsonl --compare dense routed even:7 --limit 100",
+    )
+    add = parser.add_argument
+    add(
+        "-m",
+        "--model",
+        required=True,
+        nargs="+",
+        metavar="FILE[=MODE]",
+        help="GGUF files; one without MODE takes all modes of --compare",
+    )
+    add(
+        "--data",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help='lines of {"prompt", "references": [...]} or {"prompt", "response"}, with "task" if you like',
+    )
+    add(
+        "--compare",
+        nargs="+",
+        default=[],
+        metavar="MODE",
+        help="modes, or more FILE=MODE; the first system is what the others are compared with "
+        "(default: routed, dense without routers)",
+    )
+    add(
+        "-n",
+        "--n-predict",
+        type=int,
+        default=128,
+        metavar="N",
+        help="tokens of an answer at most; greedy (default: 128)",
+    )
+    add("--limit", type=int, metavar="N", help="examples of each data file, from its beginning (default: all)")
+    add(
+        "--metrics",
+        nargs="+",
+        choices=METRICS,
+        default=list(DEFAULT_METRICS),
+        metavar="NAME",
+        help=f"some of {', '.join(METRICS)} (default: all but bertscore, which downloads a model). ce is the "
+        "cross-entropy in nats a token of the first reference; alone, nothing is generated",
+    )
+    add("--bertscore-model", metavar="NAME", help="model for bertscore (default: bert-score's for English)")
+    add("--exact", action="store_true", help="also exact matches, and right numbers behind ####")
+    add("--threshold", type=float, metavar="T", help="routed: keep layers scored T or more (default: the file's)")
+    add("--skip", metavar="SHARE", help="routed: skip this share of the layers on average, such as 20%% or 0.2")
+    add("--prefill", choices=PREFILL_MODES, help="skip: the prompt skips too (default: the file's, or full)")
+    add(
+        "-c",
+        "--ctx-size",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="tokens of prompt and answer; never more than the model was trained for (default: 2048)",
+    )
+    add("-t", "--threads", type=int, metavar="N", help="threads (default: the CPUs this process may use)")
+    add("--seed", type=int, default=0, metavar="N", help="draws the layers of random:N and the resamples (default: 0)")
+    add("--format", choices=("text", "markdown", "json"), default="text", help="of the result (default: text)")
+    add("--out", metavar="FILE", help="write the result there instead of to stdout")
+    add("--predictions", metavar="FILE", help="write every answer there, as JSON lines")
+    return parser
+
+
+def _sections(result: dict[str, Any]) -> Iterator[tuple[str, list[tuple[dict[str, Any], dict[str, Any]]]]]:
+    """(heading, [(system, its scores)]) of each task, then of all together."""
+    systems = result["systems"]
+    for task, count in result["tasks"].items():
+        yield f"{task}, {count} examples", [(system, system["by_task"][task]) for system in systems]
+    if len(result["tasks"]) > 1:
+        count = sum(result["tasks"].values())
+        yield f"all tasks, {count} examples", [(system, system["total"]) for system in systems]
+
+
+def _columns(result: dict[str, Any]) -> list[str]:
+    """Names of the scores that a system has, in the order of the table."""
+    return [name for name in COLUMNS if name in result["systems"][0]["total"]]
+
+
+def _value(estimate: dict[str, Any] | None, digits: int, signed: bool = False) -> str:
+    if estimate is None or estimate["value"] is None:
+        return "-"
+    return f"{estimate['value']:{'+' if signed else ''}.{digits}f}"
+
+
+def _range(estimate: dict[str, Any] | None, digits: int, signed: bool = False) -> str:
+    if estimate is None or estimate["value"] is None:
+        return ""
+    sign = "+" if signed else ""
+    return f"{estimate['low']:{sign}.{digits}f}..{estimate['high']:{sign}.{digits}f}"
+
+
+def _kept(scores: dict[str, Any]) -> str:
+    """Layers that ran on average, and their share of the file's."""
+    return f"{scores['layers']['value']:.1f} ({scores['kept']['value']:.0%})"
+
+
+def _clear(difference: dict[str, Any] | None) -> str:
+    """A star where the interval of a difference leaves out 0."""
+    if difference is None or difference["value"] is None:
+        return ""
+    return "*" if difference["low"] > 0 or difference["high"] < 0 else ""
+
+
+def _masks(result: dict[str, Any]) -> list[str]:
+    """Lines on how the masks of the tasks differ, for systems that have more than one mask."""
+    lines = []
+    for system in result["systems"]:
+        masks = system["masks"]
+        if masks is None or system["total"]["distinct_masks"] < 2:
+            continue
+        lines.append(f"masks of {system['name']}:")
+        lines += [f"  {task} mostly leaves out {skipped or 'nothing'}" for task, skipped in masks["modal"].items()]
+        lines += [f"  {pair} differ on {share:.0%} of the layers" for pair, share in masks["differ"].items()]
+        for kind, guess in masks["guess"].items():
+            lines.append(
+                f"  task guessed from the nearest {kind} mask: {guess['value']:.1%} right "
+                f"[{guess['low']:.1%}..{guess['high']:.1%}], by chance {masks['chance']:.1%}"
+            )
+    return lines
+
+
+def text(result: dict[str, Any]) -> str:
+    """The result as a table for a terminal: score, interval, difference to the first system, its interval."""
+    names = _columns(result)
+    first = result["systems"][0]["name"]
+    width = max(len("system"), len(f"  - {first}"), *(len(system["name"]) for system in result["systems"]))
+    lines = []
+    for heading, rows in _sections(result):
+        lines += [heading, ""]
+        blocks: list[list[str]] = [["system", "layers", "masks", *(COLUMNS[name][0] for name in names)]]
+        for system, scores in rows:
+            shown = [(scores[name], COLUMNS[name][1]) for name in names]
+            masks = str(scores["distinct_masks"])
+            blocks.append([system["name"], _kept(scores), masks, *(_value(found, digits) for found, digits in shown)])
+            blocks.append(["", "", "", *(_range(found, digits) for found, digits in shown)])
+            if any(found["difference"] for found, _ in shown):
+                gaps = [(found["difference"], digits) for found, digits in shown]
+                blocks.append(
+                    [f"  - {first}", "", "", *(_clear(gap) + _value(gap, digits, True) for gap, digits in gaps)]
+                )
+                blocks.append(["", "", "", *(_range(gap, digits, True) for gap, digits in gaps)])
+        widths = [max(len(row[i]) for row in blocks) for i in range(len(blocks[0]))]
+        widths[0] = width
+        for row in blocks:
+            cells = [row[0].ljust(width), *(cell.rjust(size) for cell, size in zip(row[1:], widths[1:], strict=True))]
+            lines.append("  ".join(cells).rstrip())
+        lines.append("")
+    lines += _masks(result)
+    if lines[-1]:
+        lines.append("")
+    lines.append(_note(result))
+    return "\n".join(lines)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result as one Markdown table."""
+    names = _columns(result)
+    first = result["systems"][0]["name"]
+    header = ["task", "system", "layers", "masks", *(COLUMNS[name][0] for name in names)]
+    lines = ["| " + " | ".join(header) + " |", "|---|---|" + "---:|" * (len(header) - 2)]
+    for heading, rows in _sections(result):
+        for system, scores in rows:
+            cells = [heading, system["name"], _kept(scores), str(scores["distinct_masks"])]
+            for name in names:
+                found, digits = scores[name], COLUMNS[name][1]
+                cell = f"{_value(found, digits)} ({_range(found, digits)})" if _range(found, digits) else "-"
+                gap = found["difference"]
+                if gap and _range(gap, digits):
+                    star = "\\*" if _clear(gap) else ""
+                    cell += f"<br>{star}{_value(gap, digits, True)} ({_range(gap, digits, True)})"
+                cells.append(cell)
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    masks = _masks(result)
+    if masks:
+        lines += ["", *(line.replace("  ", "- ", 1) if line.startswith("  ") else f"\n{line}\n" for line in masks)]
+    lines += ["", _note(result, first).replace("*", "\\*")]
+    return "\n".join(lines)
+
+
+def _note(result: dict[str, Any], first: str | None = None) -> str:
+    settings = result["settings"]
+    said = f"95% intervals from {settings['resamples']} resamples of the examples, seed {settings['seed']}"
+    if len(result["systems"]) > 1:
+        said += f"; signed: difference to {first or result['systems'][0]['name']}, paired; *: without 0 in its interval"
+    return f"{said}. {result['machine']['cpu']}, {result['machine']['threads']} threads."
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar on a terminal's stderr, silent elsewhere."""
+    bar = need("tqdm", "first-eval").tqdm(disable=None, file=sys.stderr, unit="answer", leave=False)
+
+    def update(done: int, total: int, name: str) -> None:
+        bar.total = total
+        bar.set_description(name, refresh=False)
+        bar.update(done - bar.n)
+
+    with contextlib.closing(bar):
+        yield update
+
+
+def _open(path: str) -> TextIO:
+    """A text file to write, opened before the work so that a wrong path costs nothing."""
+    return Path(path).open("w", encoding="utf-8", newline="\n")
+
+
+def command(args: argparse.Namespace) -> None:
+    """Run the parsed command."""
+    if args.threshold is not None and args.skip is not None:
+        raise InputError("--threshold and --skip exclude each other")
+    skip = None if args.skip is None else parse_share(args.skip)
+    from pyfirst.evaluation import evaluate
+
+    with contextlib.ExitStack() as stack:
+        update = stack.enter_context(_progress())
+        predictions = stack.enter_context(_open(args.predictions)) if args.predictions else None
+
+        def on_answer(row: dict[str, Any]) -> None:
+            if predictions:
+                predictions.write(json.dumps(row, ensure_ascii=False) + "\n")
+                predictions.flush()
+
+        if args.out:
+            Path(args.out).open("a").close()  # a wrong path must not cost the work
+        result = evaluate(
+            args.model,
+            args.data,
+            compare=args.compare,
+            max_tokens=args.n_predict,
+            limit=args.limit,
+            metrics=args.metrics,
+            match=args.exact,
+            ctx=args.ctx_size,
+            threads=args.threads,
+            threshold=args.threshold,
+            skip=skip,
+            prefill=args.prefill,
+            seed=args.seed,
+            bertscore_model=args.bertscore_model,
+            on_progress=update,
+            on_answer=on_answer,
+            verbose=args.verbose,
+        )
+    shown = {"text": text, "markdown": markdown, "json": lambda found: json.dumps(found, indent=1)}[args.format](result)
+    if args.out:
+        with _open(args.out) as file:
+            file.write(shown + "\n")
+    else:
+        print(shown)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of first-eval."""
+    return common.run(build_parser, command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,533 @@
+"""What layers left out cost: GGUF files scored in the real runtime, against each other, with intervals.
+
+A *system* is a file and a mode: dense, routed, or a fixed set of layers left out. All systems answer the same
+examples, so differences are paired. Every score is a function of sums over examples, so that resampling the
+examples (the bootstrap) gives the 95% interval of corpus scores too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyfirst.cli.bench import machine
+from pyfirst.errors import InputError
+from pyfirst.info import info
+from pyfirst.llama import FirstLlama
+from pyfirst.scores import (
+    DEFAULT_METRICS,
+    METRICS,
+    RESAMPLES,
+    Statistic,
+    bertscorer,
+    bleu,
+    chrf,
+    compare_tasks,
+    draw,
+    estimate,
+    exact,
+    final_answers,
+    mean,
+    need,
+    rouge,
+)
+
+import llama_cpp  # isort: skip  (after pyfirst, which points it at our library)
+
+MODES = "dense, routed, static:LAYERS, even:N, random:N"
+_CHUNK = 128  # reference tokens whose logits are held at once
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt with its references; ``where`` is the line it came from."""
+
+    task: str
+    prompt: str
+    references: list[str]
+    where: str
+
+
+def read_examples(path: str | os.PathLike[str], limit: int | None = None) -> list[Example]:
+    """The first ``limit`` lines of a JSONL file: "prompt" with "references" or "response", and maybe "task".
+
+    Raises InputError naming file and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    examples: list[Example] = []
+    for number, raw in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not raw.strip():
+            continue
+        if limit is not None and len(examples) == limit:
+            break
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(raw.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise InputError(f"{where}: not UTF-8 text (byte {error.start})") from None
+        except ValueError as error:
+            raise InputError(f"{where}: not valid JSON ({error})") from None
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+            raise InputError(f"{where}: expected an object with a text 'prompt'")
+        references = row.get("references", [row["response"]] if "response" in row else None)
+        if not isinstance(references, list) or not references:
+            raise InputError(f"{where}: expected 'references', a list of texts, or a text 'response'")
+        if not all(isinstance(text, str) and text.strip() for text in references):
+            raise InputError(f"{where}: a reference is not a text, or empty")
+        task = str(row.get("task", path.name.split(".")[0]))
+        examples.append(Example(task, row["prompt"], references, where))
+    if not examples:
+        raise InputError(f"{path}: no examples in it")
+    return examples
+
+
+@dataclass(frozen=True)
+class System:
+    """A file and how to run it; ``mask``, bool [n_layer], is None where the routers decide."""
+
+    name: str
+    path: str
+    mode: str
+    n_layer: int
+    mask: np.ndarray | None
+
+
+def evenly(n_layer: int, n_skip: int) -> list[int]:
+    """``n_skip`` inner layers at equal distances from each other and from both ends."""
+    return [int((i + 1) * (n_layer - 1) / (n_skip + 1) + 0.5) for i in range(n_skip)]
+
+
+def _count(mode: str, text: str, n_layer: int) -> int:
+    most = max(n_layer - 2, 0)
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= most):
+        raise InputError(f"mode '{mode}': expected a number of layers from 1 to {most}; the first and last stay")
+    return int(text)
+
+
+def mode_mask(mode: str, n_layer: int, seed: int) -> np.ndarray | None:
+    """The mask, bool [n_layer], that a mode stands for, None for "routed". Raises InputError.
+
+    "even:N" and "random:N" never leave out the first or the last layer.
+    """
+    kind, _, rest = mode.partition(":")
+    mask = np.ones(n_layer, bool)
+    if mode == "routed":
+        return None
+    if mode == "dense":
+        return mask
+    if kind == "static":
+        parts = [part.strip() for part in rest.split(",")]
+        if not all(part.isascii() and part.isdigit() for part in parts):
+            raise InputError(f"mode '{mode}': expected layer numbers such as static:3,5,7")
+        for layer in map(int, parts):
+            if layer >= n_layer:
+                raise InputError(f"mode '{mode}': layer {layer}, the model has layers 0 to {n_layer - 1}")
+            mask[layer] = False
+        return mask
+    if kind == "even":
+        mask[evenly(n_layer, _count(mode, rest, n_layer))] = False
+        return mask
+    if kind == "random":
+        mask[random.Random(seed).sample(range(1, n_layer - 1), _count(mode, rest, n_layer))] = False
+        return mask
+    raise InputError(f"unknown mode '{mode}' (known: {MODES})")
+
+
+def _split(text: str) -> tuple[str, str | None]:
+    """'file.gguf=mode' as (file, mode); a file whose name holds '=' is found as it is."""
+    path, equals, mode = text.rpartition("=")
+    if not equals or Path(text).is_file():
+        return text, None
+    return path, mode
+
+
+def plan(models: Sequence[str], compare: Sequence[str] = (), seed: int = 0) -> list[System]:
+    """The systems to compare, in order.
+
+    Args:
+        models: files, or "file=mode". A plain file takes all modes of ``compare``.
+        compare: modes, and more "file=mode". Without a mode a file is routed if it can be, else dense.
+        seed: draws the layers of "random:N".
+
+    Raises:
+        ValueError: no such file, unknown mode, layer out of range, routed without routers, the same twice.
+    """
+    modes: list[str | None] = [item for item in compare if "=" not in item and not item.endswith(".gguf")]
+    items = [_split(text) for text in models]
+    pairs: list[tuple[str, str | None]] = []
+    for path, mode in items:
+        pairs += [(path, m) for m in ([mode] if mode is not None else modes or [None])]
+    pairs += [_split(item) for item in compare if item not in modes]
+    found = {path: info(path) for path, _ in pairs}
+    stems = Counter(Path(path).stem for path in found)
+    systems: list[System] = []
+    for path, mode in pairs:
+        n_layer, routers = found[path]["layers"], found[path]["routers"]
+        if n_layer is None:
+            raise InputError(f"{path}: not a language model")
+        mode = mode or ("routed" if routers else "dense")
+        mask = mode_mask(mode, n_layer, seed)
+        if mask is None and not routers:
+            raise InputError(f"{path}: no routers in this file, so it cannot be 'routed'")
+        name = mode
+        if len(found) > 1:
+            name = f"{Path(path).stem if stems[Path(path).stem] == 1 else path} {mode}"
+        if name in (system.name for system in systems):
+            raise InputError(f"'{name}' is named twice")
+        systems.append(System(name, path, mode, n_layer, mask))
+    return systems
+
+
+class _Asked(Exception):
+    """Carries the prompt that a chat handler would have run."""
+
+    def __init__(self, prompt: list[int]):
+        self.prompt = prompt
+
+
+class Scorer(FirstLlama):
+    """FirstLlama that also gives prompts as tokens and the likelihood of a given continuation."""
+
+    _asking = False
+
+    def create_completion(self, prompt: str | list[int], *args: Any, **kwargs: Any) -> Any:
+        """As FirstLlama's."""
+        if self._asking:
+            assert isinstance(prompt, list)
+            raise _Asked(prompt)
+        return super().create_completion(prompt, *args, **kwargs)
+
+    def chat_tokens(self, *contents: str) -> list[int]:
+        """The tokens that create_chat_completion feeds for turns of user and assistant. Raises InputError."""
+        messages = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+        self._asking = True
+        try:
+            self.create_chat_completion(messages)
+        except _Asked as asked:
+            return asked.prompt
+        except Exception as error:  # templates raise whatever they like
+            raise InputError(f"{self.model_path}: the chat template refuses the messages: {error}") from error
+        finally:
+            self._asking = False
+        raise AssertionError("a chat handler that completes nothing")
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the file brings a chat template; without one prompts are plain text."""
+        return bool(self.metadata.get("tokenizer.chat_template"))
+
+    def end_of_turn(self) -> int:
+        """The token that ends an answer: what the template puts there, else EOT, else EOS."""
+        vocab = self._model.vocab
+        if self.has_template:
+            try:
+                answered = self.chat_tokens("x", "y")[len(self.chat_tokens("x")) :]
+            except InputError:
+                answered = []
+            for token in answered:
+                if llama_cpp.llama_vocab_is_eog(vocab, token):
+                    return token
+        eot = llama_cpp.llama_vocab_eot(vocab)
+        return eot if eot != -1 else self.token_eos()
+
+    def prompt_tokens(self, prompt: str) -> list[int]:
+        """A user's message in the model's chat template; where there is none, the text itself."""
+        if self.has_template:
+            return self.chat_tokens(prompt)
+        return self.tokenize(prompt.encode("utf-8"), add_bos=True, special=True)
+
+    def answer_tokens(self, text: str, end: int) -> list[int]:
+        """An answer as training counts it: stripped, then the end-of-turn token."""
+        return [*self.tokenize(text.strip().encode("utf-8"), add_bos=False, special=False), end]
+
+    def _last_logits(self) -> np.ndarray:
+        return np.ctypeslib.as_array(self._ctx.get_logits_ith(-1), shape=(self._n_vocab,))[None]
+
+    def log_likelihood(self, answer: Sequence[int]) -> float:
+        """Sum of log p(token) of a continuation, given what has just been read, under its mask.
+
+        The continuation is fed at once. The object's own state stays where it was: what follows overwrites it.
+        """
+        total = _log_p(self._last_logits(), answer[:1])
+        fed, wanted, step = answer[:-1], answer[1:], min(_CHUNK, self.n_batch)
+        for start in range(0, len(fed), step):
+            part = fed[start : start + step]
+            self._batch.set_batch(batch=part, n_past=self.n_tokens + start, logits_all=True)
+            self._ctx.decode(self._batch)
+            logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(len(part) * self._n_vocab,))
+            total += _log_p(logits.reshape(len(part), -1), wanted[start : start + step])
+        return total
+
+
+def _log_p(logits: np.ndarray, tokens: Sequence[int]) -> float:
+    """Sum of log softmax(logits)[i, tokens[i]]."""
+    top = logits.max(-1)
+    log_sum = np.log(np.exp(logits - top[:, None]).sum(-1, dtype=np.float64)) + top
+    return float((logits[np.arange(len(tokens)), np.asarray(tokens)] - log_sum).sum())
+
+
+@dataclass
+class Answer:
+    """What one system made of one example. Cross-entropy fields are 0 where it was not asked for."""
+
+    text: str
+    mask: np.ndarray
+    log_likelihood: float
+    n_reference: int
+    n_generated: int
+    n_steps: int
+    seconds: float
+
+
+def answer(llm: Scorer, prompt: list[int], reference: list[int] | None, max_tokens: int) -> Answer:
+    """Read a prompt; score ``reference`` under its mask; then answer greedily with ``max_tokens`` at most."""
+    steps = llm.generate(prompt, temp=0.0)
+    token = next(steps)
+    assert llm.routing is not None
+    mask = llm.routing.mask
+    log_likelihood = llm.log_likelihood(reference) if reference else 0.0
+    tokens: list[int] = []
+    n_steps, seconds = 0, 0.0
+    while len(tokens) < max_tokens and not llama_cpp.llama_vocab_is_eog(llm._model.vocab, token):
+        tokens.append(token)
+        if len(tokens) == max_tokens:
+            break
+        start = time.perf_counter()
+        token = next(steps)
+        seconds += time.perf_counter() - start
+        n_steps += 1
+    steps.close()
+    text = llm.detokenize(tokens).decode("utf-8", errors="ignore") if tokens else ""
+    return Answer(text, mask, log_likelihood, len(reference or ()), len(tokens), n_steps, seconds)
+
+
+def _statistics(
+    answers: list[Answer], examples: list[Example], metrics: Sequence[str], scorers: dict[str, Any], generated: bool
+) -> dict[str, Statistic]:
+    """Name -> statistic of one system's answers."""
+    texts, references = [a.text for a in answers], [example.references for example in examples]
+    result = {
+        "layers": mean([a.mask.sum() for a in answers]),
+        "kept": mean([a.mask.mean() for a in answers]),
+    }
+    if generated:
+        result["tokens_per_s"] = Statistic(np.array([[a.n_steps, a.seconds] for a in answers]))
+        result["length"] = mean([a.n_generated for a in answers])
+    for name in metrics:
+        if name == "ce":
+            result[name] = Statistic(np.array([[-a.log_likelihood, a.n_reference] for a in answers]))
+        else:
+            result[name] = scorers[name](texts, references)
+    return result
+
+
+def _encode(llm: Scorer, examples: list[Example], max_tokens: int, ctx: int) -> list[tuple[list[int], list[int]]]:
+    """Prompt and first reference of each example as tokens. Raises InputError for one that does not fit."""
+    end = llm.end_of_turn()
+    result = []
+    for example in examples:
+        prompt = llm.prompt_tokens(example.prompt)
+        reference = llm.answer_tokens(example.references[0], end)
+        wanted = len(prompt) + max(len(reference), max_tokens)
+        if wanted > ctx:
+            raise InputError(
+                f"{example.where}: prompt ({len(prompt)} tokens) and answer ({wanted - len(prompt)}) need "
+                f"{wanted} tokens, the context of {llm.model_path} holds {ctx}; see -c and -n"
+            )
+        result.append((prompt, reference))
+    return result
+
+
+def evaluate(
+    models: Sequence[str],
+    data: Sequence[str | os.PathLike[str]],
+    *,
+    compare: Sequence[str] = (),
+    max_tokens: int = 128,
+    limit: int | None = None,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    match: bool = False,
+    ctx: int = 2048,
+    threads: int | None = None,
+    threshold: float | None = None,
+    skip: float | None = None,
+    prefill: str | None = None,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    bertscore_model: str | None = None,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, text: None,
+    on_answer: Callable[[dict[str, Any]], None] = lambda row: None,
+    **llama: Any,
+) -> dict[str, Any]:
+    """Score systems on the same examples; what --format json prints.
+
+    Args:
+        models, compare, seed: as in plan(); the seed also draws the resamples.
+        data: JSONL files as read_examples() takes them.
+        max_tokens: of an answer. Nothing is generated if "ce" is the only metric.
+        limit: examples of each file.
+        metrics: some of METRICS. "ce" is the cross-entropy in nats a token of the first reference and its
+            end-of-turn token.
+        match: also exact matches, and right numbers behind '####'.
+        ctx, threads, threshold, skip, prefill: as in first-run; threshold and skip mean the routed systems.
+        on_progress: called with answers done, answers in all, and the system at work.
+        on_answer: called with each answer: {"system", "task", "prompt", "references", "text", ...}.
+        **llama: more arguments of FirstLlama.
+
+    Returns:
+        {"machine", "settings", "tasks": {name: examples}, "systems": [...]}. A system holds "name", "model",
+        "mode", "n_layer", "prefill", "threshold", "skip_layers", "total" and "by_task" (examples, distinct masks
+        and an estimate() of each score) and "masks", see compare_tasks(). Where one context serves several
+        systems and the prompt runs all layers ("full"), they share its keys and values.
+
+    Raises:
+        ValueError: wrong file, line, mode, option, or a package that is missing.
+    """
+    for option, value in (("-n", max_tokens), ("--limit", limit), ("-t", threads)):
+        if value is not None and value < 1:
+            raise InputError(f"{option} is {value}, expected at least 1")
+    if ctx < 2:
+        raise InputError(f"-c is {ctx}, expected at least 2 tokens")
+    if seed < 0:
+        raise InputError(f"--seed is {seed}, expected 0 or more")
+    for name in metrics:
+        if name not in METRICS:
+            raise InputError(f"unknown metric '{name}' (known: {', '.join(METRICS)})")
+    metrics = list(dict.fromkeys(metrics))
+    scorers: dict[str, Any] = {"exact": exact, "answer": final_answers, "bleu": bleu, "chrf": chrf}
+    for name in ("rouge1", "rougeL"):
+        scorers[name] = lambda texts, references, kind=name: rouge(texts, references, kind)
+    if "bertscore" in metrics:
+        scorers["bertscore"] = bertscorer(bertscore_model)
+    metrics += ["exact", "answer"] if match else []
+    for name in metrics:
+        if name not in ("ce", "exact", "answer", "bertscore"):
+            need("rouge_score.rouge_scorer" if name.startswith("rouge") else "sacrebleu.metrics", name)
+    generated = metrics != ["ce"]
+    examples = [example for path in data for example in read_examples(path, limit)]
+    tasks = [example.task for example in examples]
+    systems = plan(models, compare, seed)
+    paths = list(dict.fromkeys(system.path for system in systems))
+    if (threshold is not None or skip is not None) and all(system.mask is not None for system in systems):
+        raise InputError("--threshold and --skip decide nothing: no system is routed")
+
+    def open_model(path: str) -> tuple[Scorer, bool, int]:
+        """(model, whether it routes, tokens it holds)."""
+        routes = any(system.path == path and system.mask is None for system in systems)
+        held = min(ctx, info(path)["context_length"] or ctx)
+        llm = Scorer(
+            path,
+            routing=routes,
+            threshold=threshold if routes else None,
+            skip=skip if routes else None,
+            prefill=prefill,
+            n_ctx=held,
+            n_threads=threads,
+            n_threads_batch=threads,
+            **llama,
+        )
+        return llm, routes, held
+
+    # All files are opened, and all examples tokenised, before the long work begins.
+    encoded = {}
+    for path in paths:
+        llm, _, held = open_model(path)
+        encoded[path] = _encode(llm, examples, max_tokens if generated else 0, held)
+        llm.close()
+
+    answers: dict[str, list[Answer]] = {system.name: [] for system in systems}
+    facts: dict[str, dict[str, Any]] = {}
+    total, done = len(systems) * len(examples), 0
+    for path in paths:
+        llm, routes, _ = open_model(path)
+        # Routed first: its prompt must be scored, the others reuse what it has read.
+        own = sorted((s for s in systems if s.path == path), key=lambda s: s.mask is not None)
+        for system in own:
+            facts[system.name] = {"prefill": llm.prefill, "threshold": llm.threshold if system.mask is None else None}
+        for example, (prompt, reference) in zip(examples, encoded[path], strict=True):
+            for system in own:
+                on_progress(done, total, system.name)
+                # Without routers nothing need be forced to run dense, at the full speed of the plain graph.
+                dense = system.mask is not None and system.mask.all()
+                with llm.forcing(None if dense and not routes else system.mask):
+                    found = answer(llm, prompt, reference if "ce" in metrics else None, max_tokens if generated else 0)
+                answers[system.name].append(found)
+                on_answer(_row(system, example, found))
+                done += 1
+        llm.close()
+    on_progress(total, total, "")
+
+    weights = draw(tasks, seed, resamples)
+    groups = {name: np.flatnonzero([task == name for task in tasks]) for name in dict.fromkeys(tasks)}
+    results: list[dict[str, Any]] = []
+    first: dict[str, Statistic] = {}
+    for system in systems:
+        masks = np.stack([a.mask for a in answers[system.name]])
+        statistics = _statistics(answers[system.name], examples, metrics, scorers, generated)
+
+        def scores(
+            chosen: np.ndarray,
+            masks: np.ndarray = masks,
+            statistics: dict[str, Statistic] = statistics,
+            first: dict[str, Statistic] = first,
+        ) -> dict[str, Any]:
+            return {
+                "examples": len(chosen),
+                "distinct_masks": len(np.unique(masks[chosen], axis=0)),
+                **{name: estimate(s, weights, chosen, first.get(name)) for name, s in statistics.items()},
+            }
+
+        results.append(
+            {
+                "name": system.name,
+                "model": system.path,
+                "mode": system.mode,
+                "n_layer": system.n_layer,
+                **facts[system.name],
+                "skip_layers": None if system.mask is None else np.flatnonzero(~system.mask).tolist(),
+                "total": scores(np.arange(len(examples))),
+                "by_task": {name: scores(chosen) for name, chosen in groups.items()},
+                "masks": compare_tasks(masks, tasks, weights),
+            }
+        )
+        first = first or statistics
+    return {
+        "machine": machine(threads or llm.n_threads),
+        "settings": {
+            "data": [os.fspath(path) for path in data],
+            "limit": limit,
+            "max_tokens": max_tokens,
+            "metrics": metrics,
+            "ctx": ctx,
+            "seed": seed,
+            "resamples": resamples,
+        },
+        "tasks": {name: len(chosen) for name, chosen in groups.items()},
+        "systems": results,
+    }
+
+
+def _row(system: System, example: Example, found: Answer) -> dict[str, Any]:
+    return {
+        "system": system.name,
+        "where": example.where,
+        "task": example.task,
+        "prompt": example.prompt,
+        "references": example.references,
+        "text": found.text,
+        "skipped": np.flatnonzero(~found.mask).tolist(),
+        "log_likelihood": found.log_likelihood,
+        "reference_tokens": found.n_reference,
+        "tokens": found.n_generated,
+    }
