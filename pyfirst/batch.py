@@ -13,7 +13,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -40,9 +40,12 @@ class Request:
     top_p: float = 0.95
     min_p: float = 0.05
     repeat_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     seed: int | None = None
     stop: Sequence[str] = ()
-    mask: np.ndarray | None = None
+    mask: np.ndarray | None = None  # bool [n_layer], forces the decision
+    threshold: float | None = None  # of this request; default: the batch's
 
 
 @dataclass
@@ -212,12 +215,21 @@ class FirstBatch:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def tokenize(self, text: str, special: bool = True) -> list[int]:
-        """Token ids of a prompt, with BOS where the model wants one."""
-        return self._model.tokenize(text.encode("utf-8"), self._model.add_bos_token(), special)
+    @property
+    def vocab(self) -> Any:
+        """llama_vocab pointer of the model."""
+        return self._model.vocab
 
-    def submit(self, request: Request) -> int:
-        """Queue a request and return its handle. Raises InputError if it cannot fit."""
+    def tokenize(self, text: str, add_bos: bool = True) -> list[int]:
+        """Token ids of a prompt, with BOS where the model wants one and ``add_bos`` allows it."""
+        return self._model.tokenize(text.encode("utf-8"), add_bos and self._model.add_bos_token(), True)
+
+    def threshold_for(self, skip: float) -> float:
+        """The threshold that skips this share of layers on average, from 0 to 1. Raises InputError."""
+        return pick_threshold(self._model.model, self.model_path, self.metadata, None, skip)
+
+    def check(self, request: Request) -> None:
+        """Raise InputError, with the numbers, if a request cannot be served."""
         self._check_open()
         n = len(request.tokens)
         if n == 0:
@@ -235,6 +247,12 @@ class FirstBatch:
             if request.mask.shape != (self.n_layer,):
                 raise InputError(f"mask has shape {list(request.mask.shape)}, the model has {self.n_layer} layers")
             request.mask = request.mask.astype(bool)
+        if request.threshold is not None and (self.threshold is None or not np.isfinite(request.threshold)):
+            raise InputError(f"threshold {request.threshold}: nothing is routed here, or it is not finite")
+
+    def submit(self, request: Request) -> int:
+        """Queue a request and return its handle. Raises InputError if it cannot be served."""
+        self.check(request)
         handle = self._next_handle
         self._next_handle += 1
         self._waiting.append((handle, request))
@@ -276,7 +294,9 @@ class FirstBatch:
     def _sampler(self, request: Request) -> Any:
         """The same chain as llama_cpp.Llama's."""
         sampler = internals.LlamaSampler()
-        sampler.add_penalties(self._model.n_vocab(), 64, request.repeat_penalty, 0.0, 0.0)
+        sampler.add_penalties(
+            self._model.n_vocab(), 64, request.repeat_penalty, request.frequency_penalty, request.presence_penalty
+        )
         if request.temperature <= 0:
             sampler.add_greedy()
             return sampler
@@ -286,6 +306,13 @@ class FirstBatch:
         sampler.add_temp(request.temperature)
         sampler.add_dist(random.SystemRandom().getrandbits(32) if request.seed is None else request.seed)
         return sampler
+
+    def _apply_threshold(self, request: Request) -> float:
+        """Before a decision falls; the context knows one threshold only."""
+        assert self.threshold is not None
+        threshold = self.threshold if request.threshold is None else request.threshold
+        native.set_threshold(self._ctx.ctx, threshold)
+        return threshold
 
     def _routed(self, request: Request) -> bool:
         return request.mask is None and self.threshold is not None
@@ -316,10 +343,11 @@ class FirstBatch:
         """The whole prompt has been read: pin the mask."""
         ctx, mask = self._ctx.ctx, slot.request.mask
         if self._routed(slot.request):
+            threshold = self._apply_threshold(slot.request)
             native.commit(ctx, seq)
             pinned = native.get_mask(ctx, self.n_layer, seq)
             assert pinned is not None
-            slot.routing = Routing(pinned, native.get_scores(ctx, self.n_layer, seq), self.prefill, self.threshold)
+            slot.routing = Routing(pinned, native.get_scores(ctx, self.n_layer, seq), self.prefill, threshold)
         elif mask is not None:
             if self.prefill == "full":
                 native.set_mask(ctx, mask, seq)
@@ -340,6 +368,10 @@ class FirstBatch:
             ),
             None,
         )
+        if alone is not None:
+            slot = self._slots[alone]
+            assert slot is not None
+            self._apply_threshold(slot.request)
         n = 0
         outputs: list[tuple[int, int]] = []  # (sequence, row of the batch)
         used: list[tuple[int, int]] = []  # (sequence, tokens)
@@ -437,12 +469,12 @@ class FirstBatch:
             masks: bool [n_layer] per prompt, None where the routers decide.
             stop: strings that end an answer.
             stream: yield chunks of all answers, interleaved, as they are computed.
-            **sampling: temperature, top_k, top_p, min_p, repeat_penalty, seed: one value or one per prompt.
+            **sampling: other fields of Request, such as temperature and seed: one value or one per prompt.
 
         Raises:
             ValueError: empty or overlong prompt, mask of the wrong length, lists of different lengths.
         """
-        names = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed")
+        names = tuple(f.name for f in fields(Request) if f.name not in ("tokens", "max_tokens", "stop", "mask"))
         unknown = sorted(set(sampling) - set(names))
         if unknown:
             raise InputError(f"unknown argument '{unknown[0]}' (known: {', '.join(names)})")

@@ -141,7 +141,8 @@ class Recipe:
 
 def load_recipe(directory: str | Path) -> Recipe:
     """Read a recipe directory, checking every shape and value. Raises InputError."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
 
     directory = Path(directory)
     if not directory.is_dir():
@@ -151,8 +152,8 @@ def load_recipe(directory: str | Path) -> Recipe:
     if not path.is_file():
         raise InputError(f"{path}: not found; the recipe has no routers")
     try:
-        with safe_open(path, framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        # From bytes: safetensors opens paths in the locale's encoding, which may not hold them.
+        tensors = load(path.read_bytes())
     except SafetensorError as error:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from None
     expected = {

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+
+from pyfirst.errors import InputError
 
 
 def parser(prog: str, description: str, example: str) -> argparse.ArgumentParser:
@@ -18,6 +21,18 @@ def parser(prog: str, description: str, example: str) -> argparse.ArgumentParser
     )
     result.add_argument("--verbose", action="store_true", help="show native logs, and the traceback of an error")
     return result
+
+
+def parse_share(text: str) -> float:
+    """'20%' or '0.2' as a number from 0 to 1. Raises InputError."""
+    number = text.strip()
+    try:
+        share = float(number[:-1]) / 100 if number.endswith("%") else float(number)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise InputError(f"--skip is '{text}', expected a share of the layers such as 20% or 0.2")
+    return share
 
 
 def run(

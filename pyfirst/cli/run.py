@@ -68,18 +68,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_share(text: str) -> float:
-    """'20%' or '0.2' as a number from 0 to 1. Raises InputError."""
-    number = text.strip()
-    try:
-        share = float(number[:-1]) / 100 if number.endswith("%") else float(number)
-    except ValueError:
-        share = math.nan
-    if not 0 <= share <= 1:
-        raise InputError(f"--skip is '{text}', expected a share of the layers such as 20% or 0.2")
-    return share
-
-
 def parse_layers(text: str) -> list[int]:
     """'3,5,7' as layer indices. Raises InputError."""
     parts = [part.strip() for part in text.split(",")]
@@ -225,7 +213,7 @@ def command(args: argparse.Namespace) -> None:
         "threads": args.threads,
         "dense": args.dense,
         "threshold": args.threshold,
-        "skip": None if args.skip is None else parse_share(args.skip),
+        "skip": None if args.skip is None else common.parse_share(args.skip),
         "skip_layers": None if args.skip_layers is None else parse_layers(args.skip_layers),
         "prefill": args.prefill,
         "verbose": args.verbose,
@@ -238,9 +226,7 @@ def command(args: argparse.Namespace) -> None:
         with Session(args.model, sticky=True, **settings) as session:
             converse(session, **options)
         return
-    result = run(
-        args.model, prompt, chat=args.chat, on_text=None if args.json else _write, **options, **settings
-    )
+    result = run(args.model, prompt, chat=args.chat, on_text=None if args.json else _write, **options, **settings)
     _write(json.dumps(result) + "\n" if args.json else "\n")
     _say(summary(result))
 

@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pyfirst.chat import ChatTemplate
 from pyfirst.errors import InputError
 from pyfirst.info import info
 from pyfirst.llama import FirstLlama
 
 import llama_cpp  # isort: skip  (after pyfirst, which points it at our library)
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 CLOCK = "time.perf_counter around reading the prompt and around each later step; sampling included"
 
@@ -76,7 +76,7 @@ class Session:
             n_threads_batch=threads,
             verbose=verbose,
         )
-        self._formatter: Jinja2ChatFormatter | None = None
+        self._template: ChatTemplate | None = None
 
     def close(self) -> None:
         """Free the model."""
@@ -92,27 +92,9 @@ class Session:
         """Token ids of a text to continue, or of chat messages in the model's own template."""
         if isinstance(prompt, str):
             return self.llm.tokenize(prompt.encode("utf-8"), add_bos=True, special=True)
-        try:
-            text = self._chat_formatter()(messages=prompt).prompt  # type: ignore[arg-type]
-        except InputError:
-            raise
-        except Exception as error:
-            # Templates are programs of the model's author: they raise what they like.
-            path = self.llm.model_path
-            raise InputError(f"{path}: the chat template refuses the messages: {error}") from error
-        return self.llm.tokenize(text.encode("utf-8"), add_bos=False, special=True)
-
-    def _chat_formatter(self) -> Jinja2ChatFormatter:
-        if self._formatter is None:
-            template = self.llm.metadata.get("tokenizer.chat_template")
-            if not template:
-                raise InputError(f"{self.llm.model_path}: no chat template in this file; leave out --chat")
-            vocab, texts = self.llm._model.vocab, []
-            for token in (self.llm.token_eos(), self.llm.token_bos()):
-                text = llama_cpp.llama_vocab_get_text(vocab, token) if token != -1 else b""
-                texts.append((text or b"").decode("utf-8", "replace"))
-            self._formatter = Jinja2ChatFormatter(template, eos_token=texts[0], bos_token=texts[1])
-        return self._formatter
+        if self._template is None:
+            self._template = ChatTemplate(self.llm.model_path, self.llm.metadata, self.llm._model.vocab)
+        return self.llm.tokenize(self._template.render(prompt).encode("utf-8"), add_bos=False, special=True)
 
     def answer(
         self,

@@ -1,0 +1,231 @@
+"""first-serve as a process of its own, spoken to by the real openai client."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+import tiny
+
+from pyfirst import FirstBatch
+
+CONTEXT = 128
+SOAK_SECONDS = float(os.environ.get("PYFIRST_SOAK_SECONDS", "20"))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model, tmp_path_factory) -> Path:
+    """A GGUF whose routers decide by the prompt, calibrated, with a chat template."""
+    from first_convert.convert import convert
+
+    root = tmp_path_factory.mktemp("server")
+    folder, base = tiny_model("llama")
+    calibration = {"threshold": [0.3, 0.5, 0.7], "kept": [1.0, 0.6, 0.2]}
+    recipe = tiny.recipe(root / "recipe", folder, seed=3, calibration=calibration)
+    convert(None, base_gguf=base, first=recipe, outfile=root / "served.gguf")
+    return root / "served.gguf"
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    """(base URL, process)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "pyfirst.cli.serve", "-m", str(model), "--port", str(port)]
+    process = subprocess.Popen([*command, "--parallel", "4", "-c", str(CONTEXT)], stderr=subprocess.PIPE, text=True)
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(300):
+        try:
+            assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+            break
+        except httpx.HTTPError:
+            assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
+            time.sleep(0.1)
+    yield url, process
+    process.terminate()
+    assert process.wait(20) is not None
+
+
+@pytest.fixture
+def client(server):
+    return openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+def metric(url: str, name: str) -> float:
+    found = re.search(rf"^{name} (\S+)$", httpx.get(f"{url}/metrics").text, re.MULTILINE)
+    assert found
+    return float(found[1])
+
+
+def wait_until_idle(url: str, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if metric(url, "first_active_sequences") == 0 and metric(url, "first_waiting_requests") == 0:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def alone(model: Path, prompts: list[str], n: int, **options) -> list[dict]:
+    with FirstBatch(model, n_parallel=1, n_ctx=CONTEXT) as batch:
+        return [batch.generate([p], max_tokens=n, temperature=0.0, **options)[0] for p in prompts]
+
+
+def test_completion_equals_a_solo_run(client, model):
+    prompts = ["the quick brown fox", "Съешь же ещё", "def f(x):"]
+    for prompt, truth in zip(prompts, alone(model, prompts, 12), strict=True):
+        answer = client.completions.create(model="any", prompt=prompt, max_tokens=12, temperature=0)
+        assert answer.choices[0].text == truth["choices"][0]["text"]
+        assert answer.choices[0].finish_reason == truth["choices"][0]["finish_reason"]
+        assert answer.model_extra["first"] == truth["first"]
+        assert answer.usage.completion_tokens == truth["usage"]["completion_tokens"]
+    assert [m.id for m in client.models.list().data] == ["served"]
+
+
+def test_chat_streams_what_it_answers(client):
+    messages = [{"role": "user", "content": "the lazy dog"}]
+    whole = client.chat.completions.create(model="any", messages=messages, max_tokens=16, temperature=0)
+    chunks = list(
+        client.chat.completions.create(
+            model="any",
+            messages=messages,
+            max_completion_tokens=16,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage
+    assert chunks[0].model_extra["first"] == whole.model_extra["first"]
+
+
+def test_the_first_field_decides_layers(client, model):
+    def first(**options):
+        body = {"first": options}
+        answer = client.completions.create(
+            model="any", prompt="the quick", max_tokens=4, temperature=0, extra_body=body
+        )
+        return answer.choices[0].text, answer.model_extra["first"]
+
+    assert first(dense=True)[1]["kept"] == 4
+    assert first(threshold=1.0)[1]["kept"] == 0
+    assert first(threshold=0.0)[1]["kept"] == 4
+    forced = first(mask=[True, False, True, True])
+    truth = alone(model, ["the quick"], 4, masks=[[1, 0, 1, 1]])[0]
+    assert forced == (truth["choices"][0]["text"], truth["first"])
+    assert first(skip=0.0)[1]["kept"] >= first(skip=0.8)[1]["kept"]
+
+
+def test_bad_requests_are_400_and_the_server_goes_on(server, client):
+    url = server[0]
+    good = {"prompt": "the quick", "max_tokens": 2, "temperature": 0}
+    for path, body in (
+        ("completions", {**good, "prompt": ""}),
+        ("completions", {**good, "prompt": []}),
+        ("completions", {**good, "prompt": "the quick " * 200}),
+        ("completions", {**good, "prompt": [99999]}),
+        ("completions", {**good, "tempreature": 1}),
+        ("completions", {**good, "max_tokens": 0}),
+        ("completions", {**good, "n": 2}),
+        ("completions", {**good, "temperature": -1}),
+        ("completions", {**good, "first": {"mask": [True]}}),
+        ("completions", {**good, "first": {"mask": [True] * 4, "dense": True}}),
+        ("completions", {**good, "first": {"treshold": 1}}),
+        ("chat/completions", {"messages": []}),
+        ("chat/completions", {"messages": "hello"}),
+        ("chat/completions", {}),
+    ):
+        answer = httpx.post(f"{url}/v1/{path}", json=body)
+        assert answer.status_code == 400, (path, body, answer.text)
+        assert answer.json()["error"]["message"]
+    assert httpx.post(f"{url}/v1/completions", content=b"{not json").status_code == 400
+    assert client.completions.create(model="any", **good).choices[0].text is not None
+
+
+def test_a_template_that_refuses_is_400(model, tmp_path, tiny_model):
+    from fastapi.testclient import TestClient
+
+    from pyfirst.server import Engine, create_app
+
+    batch = FirstBatch(model, n_parallel=1, n_ctx=CONTEXT)
+    batch.metadata["tokenizer.chat_template"] = "{{ raise_exception('roles must alternate') }}"
+    with TestClient(create_app(Engine(batch))) as web:
+        answer = web.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]})
+        assert answer.status_code == 400 and "roles must alternate" in answer.text
+        assert web.post("/v1/completions", json={"prompt": "the", "max_tokens": 1}).status_code == 200
+
+
+def test_hung_up_clients_free_their_sequences(server):
+    url = server[0]
+    body = {"prompt": "the quick", "max_tokens": 100, "temperature": 1, "stop": None, "stream": True}
+    for stream in (True, False):
+        for _ in range(6):
+            with httpx.Client() as http:
+                try:
+                    with http.stream(
+                        "POST", f"{url}/v1/completions", json={**body, "stream": stream}, timeout=0.3
+                    ) as r:
+                        next(r.iter_lines())
+                except httpx.TimeoutException:
+                    pass
+        assert wait_until_idle(url, 2.0)
+
+
+def test_sixteen_clients_half_of_them_hanging_up(server, model):
+    """No crash, no leak, every answer as if alone. PYFIRST_SOAK_SECONDS=300 makes it a soak test."""
+    url, process = server
+    prompts = [f"{word} {tail}" for word in tiny.TEXT.split()[:8] for tail in ("is", "fox jumps", "日本")]
+    truth = dict(zip(prompts, alone(model, prompts, 16), strict=True))
+    wrong: list[str] = []
+    finished = [0]
+    end = time.monotonic() + SOAK_SECONDS
+
+    def work(number: int) -> None:
+        rng = random.Random(number)
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+        while time.monotonic() < end:
+            prompt = rng.choice(prompts)
+            arguments = {"model": "any", "prompt": prompt, "max_tokens": 16, "temperature": 0}
+            try:
+                if number % 2:
+                    with client.completions.create(stream=True, **arguments) as stream:
+                        for _ in zip(stream, range(rng.randint(1, 6)), strict=False):
+                            pass
+                else:
+                    answer = client.completions.create(**arguments)
+                    if (answer.choices[0].text, answer.model_extra["first"]) != (
+                        truth[prompt]["choices"][0]["text"],
+                        truth[prompt]["first"],
+                    ):
+                        wrong.append(f"{prompt!r}: {answer.choices[0].text!r}")
+                    finished[0] += 1
+            except Exception as error:
+                wrong.append(repr(error))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(16)]
+    for thread in threads:
+        thread.start()
+    memory = psutil.Process(process.pid)
+    time.sleep(SOAK_SECONDS / 4)
+    early = memory.memory_info().rss
+    for thread in threads:
+        thread.join()
+    assert not wrong, wrong[:5]
+    assert finished[0] > 16
+    assert wait_until_idle(url, 2.0)
+    assert memory.memory_info().rss < early * 1.02 + 2e6
+    assert process.poll() is None
