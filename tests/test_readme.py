@@ -63,6 +63,7 @@ def test_the_rest_runs_in_order(workplace):
         assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
     for kind, text in BLOCKS:
         if kind == "python":
-            result = subprocess.run([sys.executable, "-c", text], cwd=workplace, env=env, capture_output=True, text=True)
+            command = [sys.executable, "-c", text]
+            result = subprocess.run(command, cwd=workplace, env=env, capture_output=True, text=True)
             assert result.returncode == 0, result.stderr
             assert "'n_layer': 4" in result.stdout
