@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pyfirst.cli import common
-from pyfirst.cli.run import parse_share
 from pyfirst.errors import InputError
 from pyfirst.metadata import PREFILL_MODES
 from pyfirst.scores import DEFAULT_METRICS, METRICS, need
@@ -250,7 +249,7 @@ def command(args: argparse.Namespace) -> None:
     """Run the parsed command."""
     if args.threshold is not None and args.skip is not None:
         raise InputError("--threshold and --skip exclude each other")
-    skip = None if args.skip is None else parse_share(args.skip)
+    skip = None if args.skip is None else common.parse_share(args.skip)
     from pyfirst.evaluation import evaluate
 
     with contextlib.ExitStack() as stack:
