@@ -39,6 +39,8 @@ REFUSED = {
     "target_parameters": "adapters on bare parameters (fused experts) are not supported",
     "ensure_weight_tying": "tying adapters is not supported",
 }
+# Which of the base's own biases were trained: the adapter brings them whole.
+BIASES = ("none", "all", "lora_only")
 # These change the base weights when the adapter is made, so the plain base is the wrong one to merge into.
 REFUSED_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -79,8 +81,8 @@ def check_config(directory: Path) -> dict[str, Any]:
             f"{path}: init_lora_weights is {init!r}, which changed the base weights; save the adapter with "
             "path_initial_model_for_weight_conversion to turn it into a plain LoRA"
         )
-    if config.get("bias", "none") != "none":
-        raise InputError(f"{path}: bias is {config['bias']!r}, only 'none' is supported")
+    if config.get("bias", "none") not in BIASES:
+        raise InputError(f"{path}: bias is {config['bias']!r}, expected one of {', '.join(BIASES)}")
     for key in ("r", "lora_alpha"):
         if not isinstance(config.get(key), (int, float)) or config[key] <= 0:
             raise InputError(f"{path}: '{key}' is {config.get(key)!r}, expected a positive number")
@@ -222,7 +224,8 @@ def plan(checkpoint: Checkpoint, directory: str | Path) -> Merge:
     if not checkpoint.tensors:
         raise InputError(f"{checkpoint.path}: merging needs a safetensors checkpoint, not PyTorch .bin files")
     settings = _known(raw, directory / ADAPTER_CONFIG_NAME)
-    settings |= {"init_lora_weights": True, "inference_mode": True, "lora_dropout": 0.0}
+    # Trained biases are whole weights of the base, taken from the file below.
+    settings |= {"init_lora_weights": True, "inference_mode": True, "lora_dropout": 0.0, "bias": "none"}
     settings.pop("peft_type")
     found = load_adapter(directory)
     model: Any = meta_model(checkpoint)
@@ -270,6 +273,12 @@ def plan(checkpoint: Checkpoint, directory: str | Path) -> Merge:
             for original in getattr(module, "trainable_tokens_original", {}):
                 module.trainable_tokens_original[original] = torch.empty(0)
         # Trained tokens of tied embeddings reach the head as well: it stays tied.
+        if raw.get("bias", "none") != "none":
+            trained = [name for name in shapes if name.endswith(".bias")]
+            if raw["bias"] == "lora_only":
+                trained = [name for name in trained if name.removesuffix(".bias") in tuners]
+            if lost := [name for name in trained if name not in whole]:
+                raise InputError(f"{path}: bias is {raw['bias']!r}, but the adapter lacks {', '.join(lost[:4])}")
         followers = [name for name, module in tuners.items() if getattr(module, "tied_adapter", None)]
         tuners = {name: module for name, module in tuners.items() if name not in followers}
         result: Any = peft.set_peft_model_state_dict(wrapped, adapter, low_cpu_mem_usage=True)
