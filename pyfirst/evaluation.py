@@ -349,6 +349,22 @@ def _encode(llm: Scorer, examples: list[Example], max_tokens: int, ctx: int) -> 
     return result
 
 
+def _check(
+    max_tokens: int, limit: int | None, threads: int | None, ctx: int, seed: int, metrics: Sequence[str]
+) -> None:
+    """Refuse impossible options before anything is loaded. Raises InputError."""
+    for option, value in (("-n", max_tokens), ("--limit", limit), ("-t", threads)):
+        if value is not None and value < 1:
+            raise InputError(f"{option} is {value}, expected at least 1")
+    if ctx < 2:
+        raise InputError(f"-c is {ctx}, expected at least 2 tokens")
+    if seed < 0:
+        raise InputError(f"--seed is {seed}, expected 0 or more")
+    for name in metrics:
+        if name not in METRICS:
+            raise InputError(f"unknown metric '{name}' (known: {', '.join(METRICS)})")
+
+
 def evaluate(
     models: Sequence[str],
     data: Sequence[str | os.PathLike[str]],
@@ -389,21 +405,12 @@ def evaluate(
         {"machine", "settings", "tasks": {name: examples}, "systems": [...]}. A system holds "name", "model",
         "mode", "n_layer", "prefill", "threshold", "skip_layers", "total" and "by_task" (examples, distinct masks
         and an estimate() of each score) and "masks", see compare_tasks(). Where one context serves several
-        systems and the prompt runs all layers ("full"), they share its keys and values.
+        systems and the prompt runs all layers ("full"), they share its keys and values: a prompt is read once.
 
     Raises:
         ValueError: wrong file, line, mode, option, or a package that is missing.
     """
-    for option, value in (("-n", max_tokens), ("--limit", limit), ("-t", threads)):
-        if value is not None and value < 1:
-            raise InputError(f"{option} is {value}, expected at least 1")
-    if ctx < 2:
-        raise InputError(f"-c is {ctx}, expected at least 2 tokens")
-    if seed < 0:
-        raise InputError(f"--seed is {seed}, expected 0 or more")
-    for name in metrics:
-        if name not in METRICS:
-            raise InputError(f"unknown metric '{name}' (known: {', '.join(METRICS)})")
+    _check(max_tokens, limit, threads, ctx, seed, metrics)
     metrics = list(dict.fromkeys(metrics))
     scorers: dict[str, Any] = {"exact": exact, "answer": final_answers, "bleu": bleu, "chrf": chrf}
     for name in ("rouge1", "rougeL"):
@@ -468,40 +475,10 @@ def evaluate(
         llm.close()
     on_progress(total, total, "")
 
+    measured = {
+        system.name: _statistics(answers[system.name], examples, metrics, scorers, generated) for system in systems
+    }
     weights = draw(tasks, seed, resamples)
-    groups = {name: np.flatnonzero([task == name for task in tasks]) for name in dict.fromkeys(tasks)}
-    results: list[dict[str, Any]] = []
-    first: dict[str, Statistic] = {}
-    for system in systems:
-        masks = np.stack([a.mask for a in answers[system.name]])
-        statistics = _statistics(answers[system.name], examples, metrics, scorers, generated)
-
-        def scores(
-            chosen: np.ndarray,
-            masks: np.ndarray = masks,
-            statistics: dict[str, Statistic] = statistics,
-            first: dict[str, Statistic] = first,
-        ) -> dict[str, Any]:
-            return {
-                "examples": len(chosen),
-                "distinct_masks": len(np.unique(masks[chosen], axis=0)),
-                **{name: estimate(s, weights, chosen, first.get(name)) for name, s in statistics.items()},
-            }
-
-        results.append(
-            {
-                "name": system.name,
-                "model": system.path,
-                "mode": system.mode,
-                "n_layer": system.n_layer,
-                **facts[system.name],
-                "skip_layers": None if system.mask is None else np.flatnonzero(~system.mask).tolist(),
-                "total": scores(np.arange(len(examples))),
-                "by_task": {name: scores(chosen) for name, chosen in groups.items()},
-                "masks": compare_tasks(masks, tasks, weights),
-            }
-        )
-        first = first or statistics
     return {
         "machine": machine(threads or llm.n_threads),
         "settings": {
@@ -513,8 +490,48 @@ def evaluate(
             "seed": seed,
             "resamples": resamples,
         },
-        "tasks": {name: len(chosen) for name, chosen in groups.items()},
-        "systems": results,
+        "tasks": dict(Counter(tasks)),
+        "systems": [
+            {
+                "name": system.name,
+                "model": system.path,
+                "mode": system.mode,
+                "n_layer": system.n_layer,
+                **facts[system.name],
+                "skip_layers": None if system.mask is None else np.flatnonzero(~system.mask).tolist(),
+                **_report(
+                    np.stack([found.mask for found in answers[system.name]]),
+                    tasks,
+                    measured[system.name],
+                    measured[systems[0].name] if system is not systems[0] else {},
+                    weights,
+                ),
+            }
+            for system in systems
+        ],
+    }
+
+
+def _report(
+    masks: np.ndarray,
+    tasks: list[str],
+    statistics: dict[str, Statistic],
+    first: dict[str, Statistic],
+    weights: np.ndarray,
+) -> dict[str, Any]:
+    """ "total", "by_task" and "masks" of one system; ``first`` holds the statistics it is compared with."""
+
+    def group(chosen: np.ndarray) -> dict[str, Any]:
+        return {
+            "examples": len(chosen),
+            "distinct_masks": len(np.unique(masks[chosen], axis=0)),
+            **{name: estimate(found, weights, chosen, first.get(name)) for name, found in statistics.items()},
+        }
+
+    return {
+        "total": group(np.arange(len(tasks))),
+        "by_task": {name: group(np.flatnonzero([task == name for task in tasks])) for name in dict.fromkeys(tasks)},
+        "masks": compare_tasks(masks, tasks, weights),
     }
 
 
