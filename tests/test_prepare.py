@@ -70,3 +70,53 @@ def test_unchanged_files_keep_their_timestamps(tmp_path):
     prepare.keep_timestamps(tmp_path / "new", tmp_path / "old")
     assert (tmp_path / "new" / "kept.cpp").stat().st_mtime == 1000
     assert (tmp_path / "new" / "changed.cpp").stat().st_mtime > 1000
+
+
+@pytest.fixture(scope="module")
+def refresh():
+    import sys
+
+    sys.path.insert(0, str(PATCHES))
+    try:
+        spec = importlib.util.spec_from_file_location("refresh", PATCHES / "refresh.py")
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.path.remove(str(PATCHES))
+
+
+def trees(root: Path, **texts: str) -> dict[str, Path]:
+    for name, text in texts.items():
+        (root / name / "src").mkdir(parents=True)
+        (root / name / "src" / "model.cpp").write_text(text)
+    return {name: root / name for name in texts}
+
+
+def test_a_patch_moves_to_a_release_with_other_context(refresh, tmp_path):
+    (tmp_path / "change.patch").write_text("Subject: change\n---\n" + PATCH)
+    old = "one\ntwo\nthree\nfour\n"
+    made = trees(
+        tmp_path,
+        base=old,
+        patched=old.replace("two\n", "two\nnew\n"),
+        other="zero\none\n\n" + "two\nthree\nfour\n" + "five\n" * 9,
+        before="zero\none\n\n" + "two\nthree\nfour\n" + "five\n" * 9,
+    )
+    assert refresh.merge(tmp_path / "change.patch", made["base"], made["patched"], made["other"]) == []
+    fresh = refresh.rewritten(tmp_path / "change.patch", made["before"], made["other"])
+    assert fresh.startswith("Subject: change\n---\n")
+    (tmp_path / "fresh.patch").write_text(fresh)
+    prepare.apply(tmp_path / "fresh.patch", made["before"])
+    assert (made["before"] / "src" / "model.cpp").read_text() == (made["other"] / "src" / "model.cpp").read_text()
+
+
+def test_a_conflict_names_file_and_line(refresh, tmp_path):
+    (tmp_path / "change.patch").write_text(PATCH)
+    old = "one\ntwo\nthree\nfour\n"
+    made = trees(
+        tmp_path, base=old, patched=old.replace("two\n", "two\nnew\n"), other=old.replace("two\n", "two\nelse\n")
+    )
+    conflicts = refresh.merge(tmp_path / "change.patch", made["base"], made["patched"], made["other"])
+    assert conflicts == ["src/model.cpp:3"]
