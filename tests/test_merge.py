@@ -19,6 +19,12 @@ LORA = {
     "all linear layers": ("llama", {}),
     "grouped heads, biases": ("llama-bias", {}),
     "lora_bias": ("llama-bias", {"lora_bias": True}),
+    "all biases trained": ("llama-bias", {"bias": "all"}),
+    "all biases trained, norms too": ("gptneox", {"target_modules": ["query_key_value"], "bias": "all"}),
+    "biases of the LoRA's layers": ("llama-bias", {"target_modules": ["q_proj", "down_proj"], "bias": "lora_only"}),
+    "biases of Conv1D": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "lora_only"}),
+    "biases and lora_bias": ("llama-bias", {"bias": "lora_only", "lora_bias": True}),
+    "biases of a model that has none": ("llama", {"bias": "all"}),
     "rank and alpha patterns": ("llama", {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 32}}),
     "rslora": ("llama", {"use_rslora": True, "r": 16, "lora_alpha": 16}),
     "dora": ("llama", {"use_dora": True}),
@@ -54,7 +60,7 @@ LORA = {
 
 def convert(model, out, lora=None, recipe=None, outtype="f32", **job):
     """The conversion process's job, run in this one; its answer."""
-    job = {"pre_tokenizer": None, "drop": [], "base_model": "", **job}
+    job = {"pre_tokenizer": None, "drop": [], "base_model": "", "recipe_name": "", "date": "", **job}
     paths = {
         "model": str(model),
         "outfile": str(out),
@@ -207,7 +213,7 @@ def edit(adapter, **changes):
         ({"layer_replication": [[0, 2], [1, 4]]}, "layer_replication"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
         ({"init_lora_weights": "olora"}, "init_lora_weights"),
-        ({"bias": "all"}, "bias"),
+        ({"bias": "some"}, "bias"),
         ({"a_new_method": {"strength": 2}}, "a_new_method"),
         ({"use_qalora": True}, "use_qalora"),
         ({"r": 0}, "'r'"),
@@ -218,6 +224,18 @@ def test_variants_that_cannot_be_merged_are_refused_by_name(changes, word, tiny_
     adapter = tiny.adapter(model, tmp_path / "adapter", target_modules=["q_proj"])
     edit(adapter, **changes)
     assert word in plan_error(model, adapter)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_must_all_be_there(bias, tiny_model, tmp_path):
+    model, _ = tiny_model("llama-bias")
+    adapter = tiny.adapter(model, tmp_path / "adapter", target_modules=["q_proj"], bias=bias)
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    lost = next(key for key in tensors if "layers.2" in key and key.endswith("q_proj.base_layer.bias"))
+    tensors.pop(lost)
+    save_file(tensors, path)
+    assert "lacks model.layers.2.self_attn.q_proj.bias" in plan_error(model, adapter)
 
 
 def test_unknown_key_without_a_value_is_ignored(tiny_model, tmp_path):
