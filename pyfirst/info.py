@@ -1,4 +1,4 @@
-"""What a GGUF file says of itself: the header only, read by the library's own GGUF reader."""
+"""What a GGUF file says of itself, and whether it adds up: the header only, read by the library's own GGUF reader."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import contextlib
 import ctypes
 import logging
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pyfirst import metadata as key
 from pyfirst import native
 from pyfirst.errors import InputError
 
 _STRING, _ARRAY = 8, 9
+_MOST_BASE_MODELS = 100
+_NAMES = {4: "u32", 6: "f32", 7: "bool", _STRING: "str"}
 _SCALARS: dict[int, type] = {
     0: ctypes.c_uint8,
     1: ctypes.c_int8,
@@ -40,6 +45,10 @@ def _functions() -> Any:
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "gguf_init_from_file": (ptr, [ctypes.c_char_p, _InitParams]),
         "gguf_free": (None, [ptr]),
+        "gguf_get_n_kv": (i64, [ptr]),
+        "gguf_get_key": (ctypes.c_char_p, [ptr, i64]),
+        "gguf_get_data_offset": (ctypes.c_size_t, [ptr]),
+        "gguf_get_tensor_offset": (ctypes.c_size_t, [ptr, i64]),
         "gguf_find_key": (i64, [ptr, ctypes.c_char_p]),
         "gguf_get_kv_type": (ctypes.c_int, [ptr, i64]),
         "gguf_get_arr_type": (ctypes.c_int, [ptr, i64]),
@@ -84,6 +93,34 @@ class Header:
             return []
         return list((_SCALARS[kind] * count).from_address(lib.gguf_get_arr_data(handle, index)))
 
+    def keys(self) -> list[str]:
+        """The names of all keys, in the file's order."""
+        return [
+            self._lib.gguf_get_key(self._handle, i).decode("utf-8", "replace")
+            for i in range(self._lib.gguf_get_n_kv(self._handle))
+        ]
+
+    def kind(self, name: str) -> str | None:
+        """Type of a key's value as "u32", "f32", "bool", "str", "f32[]", ...; None where it is absent."""
+        lib, handle = self._lib, self._handle
+        index = lib.gguf_find_key(handle, name.encode())
+        if index < 0:
+            return None
+        kind = lib.gguf_get_kv_type(handle, index)
+        if kind != _ARRAY:
+            return _NAMES.get(kind, f"type {kind}")
+        kind = lib.gguf_get_arr_type(handle, index)
+        return _NAMES.get(kind, f"type {kind}") + "[]"
+
+    def end(self) -> int:
+        """Where the last tensor ends, in bytes from the start of the file."""
+        lib, handle = self._lib, self._handle
+        ends = [
+            lib.gguf_get_tensor_offset(handle, i) + lib.gguf_get_tensor_size(handle, i)
+            for i in range(lib.gguf_get_n_tensors(handle))
+        ]
+        return lib.gguf_get_data_offset(handle) + max(ends) if ends else 0
+
     def tensor_bytes(self) -> dict[str, int]:
         """Type of tensor -> bytes of all such tensors."""
         lib, result = self._lib, dict[str, int]()
@@ -108,17 +145,84 @@ def opened(path: str | os.PathLike[str]) -> Iterator[Header]:
         reason = reasons[0].partition(": ")[2] if reasons else "no reason given"
         raise InputError(f"{path}: not a usable GGUF file ({reason})")
     try:
-        yield Header(lib, handle)
+        header = Header(lib, handle)
+        size = Path(path).stat().st_size
+        if size < (end := header.end()):
+            raise InputError(f"{path}: cut short, {size} bytes where the tensors end at {end}")
+        yield header
     finally:
         lib.gguf_free(handle)
 
 
 def _base_models(header: Header) -> list[dict[str, str]]:
     result = []
-    for i in range(header.get("general.base_model.count", 0)):
+    for i in range(min(header.get("general.base_model.count", 0), _MOST_BASE_MODELS)):
         names = ("name", "organization", "version", "repo_url")
         found = {name: header.get(f"general.base_model.{i}.{name}") for name in names}
         result.append({name: value for name, value in found.items() if value})
+    return result
+
+
+def _lora(header: Header) -> dict[str, Any]:
+    return {
+        "rank": header.get(key.LORA_RANK),
+        "alpha": header.get(key.LORA_ALPHA),
+        "targets": header.get(key.LORA_TARGETS, []),
+    }
+
+
+def _provenance(header: Header) -> dict[str, Any] | None:
+    """Recipe, inputs with their checksums, tools and date; None where the file says nothing."""
+    names, checksums = header.get(key.SOURCE_NAMES, []), header.get(key.SOURCE_SHA256, [])
+    found = {
+        "recipe": header.get(key.RECIPE_NAME),
+        "base_model": header.get(key.RECIPE_BASE_MODEL),
+        "sources": dict(zip(names, checksums, strict=False)),
+        "pyfirst": header.get(key.MADE_PYFIRST),
+        "llama_cpp": header.get(key.MADE_LLAMA_CPP),
+        "date": header.get(key.MADE_DATE),
+    }
+    return found if any(found.values()) else None
+
+
+def describe_header(header: Header, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """info() of an open file."""
+    architecture = header.get("general.architecture", "")
+    types = header.tensor_bytes()
+    merged = header.get(key.LORA_MERGED, False)
+    result: dict[str, Any] = {
+        "path": os.fspath(path),
+        "bytes": Path(path).stat().st_size,
+        "name": header.get("general.name"),
+        "architecture": architecture,
+        "layers": header.get(f"{architecture}.block_count"),
+        "width": header.get(f"{architecture}.embedding_length"),
+        "context_length": header.get(f"{architecture}.context_length"),
+        "tensor_type": max(types, key=lambda name: types[name]) if types else None,
+        "license": header.get("general.license"),
+        "base_models": _base_models(header),
+        "lora": _lora(header) if merged else None,
+        "provenance": _provenance(header),
+        "routers": header.get(key.VERSION) is not None,
+        "first": None,
+    }
+    if result["routers"]:
+        result["first"] = {
+            "version": header.get(key.VERSION),
+            "block_count": header.get(key.BLOCK_COUNT),
+            "embedding_length": header.get(key.EMBEDDING_LENGTH),
+            "norm": header.get(key.ROUTER_NORM, "none"),
+            "threshold": header.get(key.ROUTER_THRESHOLD, 0.5),
+            "prefill": header.get(key.PREFILL, "full"),
+            "window": header.get(key.WINDOW, 512),
+            "protected": header.get(key.PROTECTED, []),
+            "calibration": {
+                "threshold": header.get(key.CALIBRATION_THRESHOLD, []),
+                "kept": header.get(key.CALIBRATION_KEPT, []),
+            },
+            "lora_merged": merged,
+            "lora": result["lora"],
+        }
     return result
 
 
@@ -129,43 +233,136 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
     for anything but a GGUF file.
     """
     with opened(path) as header:
-        architecture = header.get("general.architecture", "")
-        types = header.tensor_bytes()
-        result: dict[str, Any] = {
-            "path": os.fspath(path),
-            "bytes": Path(path).stat().st_size,
-            "name": header.get("general.name"),
-            "architecture": architecture,
-            "layers": header.get(f"{architecture}.block_count"),
-            "width": header.get(f"{architecture}.embedding_length"),
-            "context_length": header.get(f"{architecture}.context_length"),
-            "tensor_type": max(types, key=lambda name: types[name]) if types else None,
-            "license": header.get("general.license"),
-            "base_models": _base_models(header),
-            "routers": header.get(key.VERSION) is not None,
-            "first": None,
-        }
-        if result["routers"]:
-            merged = header.get(key.LORA_MERGED, False)
-            lora = {
-                "rank": header.get(key.LORA_RANK),
-                "alpha": header.get(key.LORA_ALPHA),
-                "targets": header.get(key.LORA_TARGETS, []),
-            }
-            result["first"] = {
-                "version": header.get(key.VERSION),
-                "block_count": header.get(key.BLOCK_COUNT),
-                "embedding_length": header.get(key.EMBEDDING_LENGTH),
-                "norm": header.get(key.ROUTER_NORM, "none"),
-                "threshold": header.get(key.ROUTER_THRESHOLD, 0.5),
-                "prefill": header.get(key.PREFILL, "full"),
-                "window": header.get(key.WINDOW, 512),
-                "protected": header.get(key.PROTECTED, []),
-                "calibration": {
-                    "threshold": header.get(key.CALIBRATION_THRESHOLD, []),
-                    "kept": header.get(key.CALIBRATION_KEPT, []),
-                },
-                "lora_merged": merged,
-                "lora": lora if merged else None,
-            }
-        return result
+        return describe_header(header, path)
+
+
+_KINDS = {
+    key.VERSION: "u32",
+    key.BLOCK_COUNT: "u32",
+    key.EMBEDDING_LENGTH: "u32",
+    key.ROUTER_WEIGHT: "f32[]",
+    key.ROUTER_BIAS: "f32[]",
+    key.ROUTER_NORM: "str",
+    key.ROUTER_THRESHOLD: "f32",
+    key.PREFILL: "str",
+    key.WINDOW: "u32",
+    key.PROTECTED: "u32[]",
+    key.CALIBRATION_THRESHOLD: "f32[]",
+    key.CALIBRATION_KEPT: "f32[]",
+    key.LORA_MERGED: "bool",
+    key.LORA_RANK: "u32",
+    key.LORA_ALPHA: "f32",
+    key.LORA_TARGETS: "str[]",
+    key.RECIPE_NAME: "str",
+    key.RECIPE_BASE_MODEL: "str",
+    key.SOURCE_NAMES: "str[]",
+    key.SOURCE_SHA256: "str[]",
+    key.MADE_PYFIRST: "str",
+    key.MADE_LLAMA_CPP: "str",
+    key.MADE_DATE: "str",
+}
+
+
+def _router_problems(header: Header) -> Iterator[str]:
+    """What is wrong with keys that are all there and of the right type."""
+    architecture = header.get("general.architecture", "")
+    layers, width = header.get(key.BLOCK_COUNT), header.get(key.EMBEDDING_LENGTH)
+    if header.get(key.VERSION) != key.FORMAT_VERSION:
+        yield f"{key.VERSION} is {header.get(key.VERSION)}, this pyfirst reads {key.FORMAT_VERSION}"
+    for name, value in ((key.BLOCK_COUNT, layers), (key.EMBEDDING_LENGTH, width)):
+        found = header.get(name.replace("first", architecture, 1))
+        if found != value:
+            yield f"{name} is {value}, the model's is {found}"
+    for name, size in ((key.ROUTER_WEIGHT, layers * width), (key.ROUTER_BIAS, layers)):
+        values = np.array(header.get(name), np.float32)
+        if values.size != size:
+            yield f"{name} holds {values.size} values, expected {size}"
+        elif bad := np.flatnonzero(~np.isfinite(values)).tolist():
+            yield f"{name} holds NaN or infinity at layer {bad[0] * layers // size}"
+    for name, allowed in ((key.ROUTER_NORM, key.NORMS), (key.PREFILL, key.PREFILL_MODES)):
+        if header.get(name, allowed[0]) not in allowed:
+            yield f"{name} is '{header.get(name)}', expected one of {', '.join(allowed)}"
+    if not 0 <= header.get(key.ROUTER_THRESHOLD, 0.5) <= 1:
+        yield f"{key.ROUTER_THRESHOLD} is {header.get(key.ROUTER_THRESHOLD):g}, expected 0 to 1"
+    if header.get(key.WINDOW, 1) == 0:
+        yield f"{key.WINDOW} is 0, expected at least one token"
+    if outside := [layer for layer in header.get(key.PROTECTED, []) if layer >= layers]:
+        yield f"{key.PROTECTED} names layer {outside[0]}, the last is {layers - 1}"
+    thresholds, kept = header.get(key.CALIBRATION_THRESHOLD, []), header.get(key.CALIBRATION_KEPT, [])
+    if len(thresholds) != len(kept):
+        yield f"{key.CALIBRATION_THRESHOLD} holds {len(thresholds)} points, {key.CALIBRATION_KEPT} {len(kept)}"
+    for name, values in ((key.CALIBRATION_THRESHOLD, thresholds), (key.CALIBRATION_KEPT, kept)):
+        if outside := [value for value in values if not 0 <= value <= 1]:
+            yield f"{name} holds {outside[0]:g}, expected 0 to 1"
+
+
+def mistyped(header: Header) -> list[str]:
+    """The first.* keys whose type is not ours, one line each."""
+    return [
+        f"{name} is {header.kind(name)}, expected {kind}"
+        for name, kind in _KINDS.items()
+        if header.kind(name) not in (None, kind)
+    ]
+
+
+def problems(header: Header) -> list[str]:
+    """What does not add up in the first.* keys of a file, one line each; nothing for a file without them."""
+    found = mistyped(header)
+    if any(header.kind(name) for name in key.ROUTING):
+        found += [f"{name} is missing" for name in key.REQUIRED if header.kind(name) is None]
+        if not found:
+            found += _router_problems(header)
+    if not found and header.get(key.LORA_MERGED):
+        found += [f"{name} is missing" for name in (key.LORA_RANK, key.LORA_ALPHA) if header.kind(name) is None]
+    if not found:
+        names, checksums = header.get(key.SOURCE_NAMES, []), header.get(key.SOURCE_SHA256, [])
+        if len(names) != len(checksums):
+            found.append(f"{key.SOURCE_NAMES} names {len(names)} files, {key.SOURCE_SHA256} holds {len(checksums)}")
+        found += [f"{key.SOURCE_SHA256} holds '{c}'" for c in checksums if not re.fullmatch("[0-9a-f]{64}", c)]
+    return found
+
+
+def _layers(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers)) or "none"
+
+
+def rows(found: dict[str, Any]) -> list[tuple[str, Any]]:
+    """info() as (label, value) pairs to print; None means that the file does not say."""
+    result = [
+        ("file", f"{found['path']} ({found['bytes'] / 1e6:.1f} MB, {found['tensor_type']})"),
+        ("name", found["name"]),
+        ("architecture", found["architecture"]),
+        ("layers", found["layers"]),
+        ("width", found["width"]),
+        ("trained context", found["context_length"]),
+        ("licence", found["license"]),
+    ]
+    result += [("base model", " ".join(base.values())) for base in found["base_models"]]
+    first, lora = found["first"], found["lora"]
+    result.append(("routers", "yes" if first else "no; the file runs dense"))
+    if first:
+        points = first["calibration"]
+        table = [
+            f"{kept:.0%} kept at {threshold:.3g}"
+            for threshold, kept in zip(points["threshold"], points["kept"], strict=False)
+        ]
+        result += [
+            ("router norm", first["norm"]),
+            ("threshold", f"{first['threshold']:.6g}"),
+            ("prefill", first["prefill"]),
+            ("window", f"{first['window']} tokens" + ("" if first["prefill"] == "skip" else " (skip only)")),
+            ("never skipped", _layers(first["protected"])),
+            ("calibration", ", ".join(table) or "none"),
+        ]
+    if lora:
+        targets = ", ".join(lora["targets"]) or "unknown modules"
+        alpha = "unknown" if lora["alpha"] is None else f"{lora['alpha']:g}"
+        result.append(("LoRA merged", f"rank {lora['rank']}, alpha {alpha}, {targets}"))
+    elif first:
+        result.append(("LoRA merged", "no"))
+    return result
+
+
+def text(pairs: list[tuple[str, Any]]) -> str:
+    """(label, value) pairs as lines."""
+    return "\n".join(f"{name:16} {'unknown' if value is None else value}" for name, value in pairs)

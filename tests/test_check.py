@@ -58,6 +58,7 @@ def test_routes_or_says_why_not(tiny_model, tmp_path):
     from pyfirst.recipe import load_recipe
 
     model, base = tiny_model("llama")
-    pack.pack(base, tmp_path / "first.gguf", load_recipe(tiny.recipe(tmp_path / "recipe", model)))
+    recipe = tiny.recipe(tmp_path / "recipe", model)
+    pack.pack(base, tmp_path / "first.gguf", load_recipe(recipe), recipe, "recipe")
     assert check.routes(tmp_path / "first.gguf") is None
     assert "no routers" in check.routes(base)

@@ -9,13 +9,14 @@ import contextlib
 import json
 import logging
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from first_convert import merge, pack
+from first_convert import merge, pack, provenance
 from first_convert.checkpoint import Checkpoint
 from first_convert.upstream import by_rules, convert_hf_to_gguf
 from pyfirst.errors import InputError
@@ -45,14 +46,26 @@ def _probe(model_dir: str) -> list[tuple[str, list[int]]]:
         return []  # upstream reads some tokenizers that transformers does not
 
 
+def _checksums(checkpoint: Checkpoint, job: dict[str, Any]) -> list[provenance.Source]:
+    """Name and checksum of every input."""
+    found = provenance.sources("checkpoint", provenance.checkpoint_files(checkpoint))
+    if job["recipe"]:
+        found += provenance.sources("recipe", provenance.recipe_files(job["recipe"]))
+    if job["lora"]:
+        found += provenance.sources("adapter", provenance.adapter_files(job["lora"]))
+    return found
+
+
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """The conversion process: one checkpoint to GGUF, merged and with routers.
 
-    ``job``: model, outfile, outtype, pre_tokenizer, recipe, lora, drop (tensor names), base_model.
+    ``job``: model, outfile, outtype, pre_tokenizer, recipe, lora, drop (tensor names), base_model, recipe_name, date.
     Returns {"lora": counts or None, "pre_tokenizer": name found by its rules or None, "probes": [...]}.
     """
     checkpoint = Checkpoint(job["model"])
     recipe = load_recipe(job["recipe"]) if job["recipe"] else None
+    # A second core reads and hashes while this one imports and plans.
+    checksums = ThreadPoolExecutor(1).submit(_checksums, checkpoint, job) if recipe or job["lora"] else None
     plan = merge.plan(checkpoint, job["lora"]) if job["lora"] else None
     reached: set[str] = set()
     by_rules.clear()
@@ -95,8 +108,9 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
 
             def described(*args: Any, **kwargs: Any) -> Any:
                 result = original(*args, **kwargs)
-                if recipe is not None:
-                    pack.describe(result, recipe, job["base_model"])
+                if checksums is not None:
+                    cards = [Path(job[name]) for name in ("recipe", "lora") if job[name]]
+                    pack.describe(result, recipe, job["base_model"], cards)
                 return result
 
             lib.Metadata.load = staticmethod(described)
@@ -104,8 +118,12 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
                 metadata(self, *args, **kwargs)
             finally:
                 lib.Metadata.load = staticmethod(original)
-            if recipe is not None:
-                pack.add(self.gguf_writer, pack.entries(recipe, plan.config if plan else None))
+            if checksums is not None:
+                found = pack.entries(recipe) if recipe else []
+                found += pack.lora_entries(plan.config if plan else None)
+                base_model = (recipe.config.base_model if recipe else "") or job["base_model"]
+                found += provenance.entries(checksums.result(), job["recipe_name"], base_model, job["date"])
+                pack.add(self.gguf_writer, found)
 
         undo.callback(setattr, base.ModelBase, "index_tensors", index)
         undo.callback(setattr, base.ModelBase, "load_hparams", staticmethod(load))

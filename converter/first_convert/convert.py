@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -12,11 +13,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from first_convert import check, pack, quantize
+from first_convert import check, pack, provenance, quantize
 from first_convert.checkpoint import Checkpoint, local_folder, read_json
 from pyfirst.cli import common
 from pyfirst.errors import InputError
@@ -51,6 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=0, help="threads for quantising (default: all cores)")
     parser.add_argument("--force", action="store_true", help="replace an existing outfile")
     parser.add_argument("--allow-dense", action="store_true", help="also write models whose layers cannot be skipped")
+    parser.add_argument(
+        "--date", action="store_true", help="record the time in the file (SOURCE_DATE_EPOCH is, without asking)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
@@ -171,6 +175,7 @@ def convert(
     threads: int = 0,
     force: bool = False,
     allow_dense: bool = False,
+    date: bool = False,
     dry_run: bool = False,
     verbose: bool = False,
 ) -> dict[str, Any]:
@@ -205,13 +210,20 @@ def convert(
     if outfile.exists() and not force:
         raise InputError(f"{outfile}: exists already; --force replaces it")
     outfile = outfile.absolute()
+    created, name = provenance.created(date), ""
     if first is not None:
+        name = provenance.recipe_name(first)
         first = local_folder(first, weights=False)
     recipe = load_recipe(first) if first is not None else None
 
     source = base_gguf if base_gguf is not None else strip
     if source is not None:
-        return _from_gguf(Path(source), outfile, recipe, allow_dense, dry_run, started)
+        write = (
+            functools.partial(pack.pack, recipe=recipe, directory=first, name=name, date=created)
+            if recipe is not None and first is not None
+            else pack.strip
+        )
+        return _from_gguf(Path(source), outfile, recipe, write, allow_dense, dry_run, started)
 
     checkpoint = Checkpoint(local_folder(model_dir or "", weights=True))
     adapter = _lora_dir(recipe, lora)
@@ -263,6 +275,8 @@ def convert(
                 "lora": _utf8(adapter),
                 "drop": [duplicate] if duplicate else [],
                 "base_model": _base_model(adapter),
+                "recipe_name": name,
+                "date": created,
                 "verbose": verbose,
             },
             folder,
@@ -324,7 +338,13 @@ def _base_model(adapter: Path | None) -> str:
 
 
 def _from_gguf(
-    source: Path, outfile: Path, recipe: Recipe | None, allow_dense: bool, dry_run: bool, started: float
+    source: Path,
+    outfile: Path,
+    recipe: Recipe | None,
+    write: Callable[[Path, Path], dict[str, Any]],
+    allow_dense: bool,
+    dry_run: bool,
+    started: float,
 ) -> dict[str, Any]:
     """--base-gguf (with a recipe) and --strip (without)."""
     reader = pack.open_gguf(source)
@@ -338,7 +358,7 @@ def _from_gguf(
         return {"base_gguf": str(source), "disk_needed": needed, "disk_free": free}
     with _workspace(outfile) as folder:
         result = folder / "model.gguf"
-        answer = pack.pack(source, result, recipe) if recipe is not None else pack.strip(source, result)
+        answer = write(source, result)
         if answer.get("replaced_routers"):
             _say("the file had routers already; they are replaced")
         check.loads(result, ())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from first_convert import provenance
 from first_convert.ggufio import Entry, Gguf, rewrite
 from first_convert.upstream import gguf
 from pyfirst import metadata as key
@@ -12,8 +14,22 @@ from pyfirst.errors import InputError
 from pyfirst.recipe import Recipe
 
 
-def entries(recipe: Recipe, lora: dict[str, Any] | None = None) -> list[Entry]:
-    """All first.* pairs of a recipe; ``lora`` is the adapter_config.json of the merged adapter.
+def lora_entries(lora: dict[str, Any] | None) -> list[Entry]:
+    """What became of a LoRA; ``lora`` is the adapter_config.json of the merged adapter."""
+    found = [Entry(key.LORA_MERGED, "BOOL", lora is not None)]
+    if lora is not None:
+        targets = lora.get("target_modules") or []
+        targets = [targets] if isinstance(targets, str) else sorted(targets)
+        found += [
+            Entry(key.LORA_RANK, "UINT32", int(lora["r"])),
+            Entry(key.LORA_ALPHA, "FLOAT32", float(lora["lora_alpha"])),
+            Entry(key.LORA_TARGETS, "ARRAY", targets, "STRING"),
+        ]
+    return [entry for entry in found if entry.kind != "ARRAY" or entry.value]
+
+
+def entries(recipe: Recipe) -> list[Entry]:
+    """The pairs that make a file route.
 
     GGUF writers refuse empty arrays, so an empty list is stored as no key.
     """
@@ -31,16 +47,7 @@ def entries(recipe: Recipe, lora: dict[str, Any] | None = None) -> list[Entry]:
         Entry(key.PROTECTED, "ARRAY", sorted(set(config.protected)), "UINT32"),
         Entry(key.CALIBRATION_THRESHOLD, "ARRAY", list(map(float, config.calibration["threshold"])), "FLOAT32"),
         Entry(key.CALIBRATION_KEPT, "ARRAY", list(map(float, config.calibration["kept"])), "FLOAT32"),
-        Entry(key.LORA_MERGED, "BOOL", lora is not None),
     ]
-    if lora is not None:
-        targets = lora.get("target_modules") or []
-        targets = [targets] if isinstance(targets, str) else sorted(targets)
-        found += [
-            Entry(key.LORA_RANK, "UINT32", int(lora["r"])),
-            Entry(key.LORA_ALPHA, "FLOAT32", float(lora["lora_alpha"])),
-            Entry(key.LORA_TARGETS, "ARRAY", targets, "STRING"),
-        ]
     return [entry for entry in found if entry.kind != "ARRAY" or entry.value]
 
 
@@ -52,11 +59,17 @@ def add(writer: Any, found: list[Entry]) -> None:
         writer.add_key_value(entry.name, entry.value, types[entry.kind], item)
 
 
-def describe(metadata: Any, recipe: Recipe, base_model: str) -> None:
-    """Fill a gguf Metadata with what the standard general.* keys should say of a FiRST model."""
-    metadata.tags = [*(metadata.tags or []), *(tag for tag in key.TAGS if tag not in (metadata.tags or []))]
-    metadata.finetune = metadata.finetune or "first"
-    name = recipe.config.base_model or base_model
+def describe(metadata: Any, recipe: Recipe | None, base_model: str, cards: Sequence[Path] = ()) -> None:
+    """Fill a gguf Metadata with what the standard general.* keys should say of a FiRST model.
+
+    ``cards``: folders whose README.md names the licence where the model's own does not.
+    """
+    if recipe is not None:
+        metadata.tags = [*(metadata.tags or []), *(tag for tag in key.TAGS if tag not in (metadata.tags or []))]
+        metadata.finetune = metadata.finetune or "first"
+    for folder in cards:
+        metadata.license = metadata.license or type(metadata).load_model_card(folder).get("license")
+    name = (recipe.config.base_model if recipe else "") or base_model
     if name:
         organisation, _, model = name.rpartition("/")
         entry = {"name": model.replace("-", " ").replace("_", " ")}
@@ -103,12 +116,29 @@ def _tags(source: Gguf, ours: bool) -> list[Entry]:
     return [Entry("general.tags", "ARRAY", tags, "STRING")] if tags else []
 
 
-def pack(base: str | Path, out: str | Path, recipe: Recipe) -> dict[str, Any]:
-    """Copy ``base`` to ``out`` with the routers in it, replacing any that it held. Raises InputError."""
+def _history(source: Gguf) -> list[provenance.Source]:
+    """Checkpoint and adapter that the file's tensors came from, as an earlier conversion noted."""
+    pairs = zip(source.get(key.SOURCE_NAMES, []), source.get(key.SOURCE_SHA256, []), strict=False)
+    return [(name, checksum) for name, checksum in pairs if name.startswith(("checkpoint/", "adapter/"))]
+
+
+def pack(
+    base: str | Path, out: str | Path, recipe: Recipe, directory: str | Path, name: str, date: str = ""
+) -> dict[str, Any]:
+    """Copy ``base`` to ``out`` with the routers in it, replacing any that it held. Raises InputError.
+
+    ``directory``, ``name``, ``date``: where the recipe is, what it is called and when this is, for provenance.
+    """
     check_lora(recipe)
     source = open_gguf(base)
     check_shape(source, base, recipe)
-    rewrite(source, out, [*_tags(source, True), *entries(recipe)], _plain)
+    merged = bool(source.get(key.LORA_MERGED))  # tensors stay, so a LoRA that is in them does too
+    found = _history(source) + provenance.sources("base", [source.path])
+    found += provenance.sources("recipe", provenance.recipe_files(directory))
+    added = [*_tags(source, True), *entries(recipe), *([] if merged else lora_entries(None))]
+    added += provenance.entries(found, name, recipe.config.base_model, date)
+    lora = key.LORA_MERGED.removesuffix("merged")
+    rewrite(source, out, added, lambda name: _plain(name) or (merged and name.startswith(lora)))
     return {"tensors": len(source.tensors), "replaced_routers": key.VERSION in source.keys}
 
 
