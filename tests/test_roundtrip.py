@@ -10,6 +10,7 @@ from native_model import opened
 from first_convert import child, convert, pack, quantize
 from first_convert.upstream import gguf
 from pyfirst import native
+from pyfirst.errors import InputError
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +130,57 @@ def test_routers_survive_pack_quantise_and_new_metadata(wide, tmp_path):
     assert np.array_equal(routed(tmp_path / "edited.gguf", prompts)[0], truth)
     convert.convert(strip=tmp_path / "q8.gguf", outfile=tmp_path / "stripped.gguf")
     assert (tmp_path / "stripped.gguf").read_bytes() == (tmp_path / "plain.gguf").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def gguf_split(tmp_path_factory):
+    """Upstream's gguf-split, compiled from its one file against our library."""
+    import os
+    import subprocess
+    from pathlib import Path
+
+    folder = tmp_path_factory.mktemp("split")
+    root = Path(__file__).resolve().parent.parent / "build" / "upstream" / "llama.cpp"
+    root = root if root.is_dir() else Path(os.environ.get("PYFIRST_UPSTREAM", root))
+    # All functions that it takes from llama.cpp's common/ are what --version prints.
+    (folder / "version.cpp").write_text(
+        '#include "build-info.h"\nint llama_build_number() { return 0; }\nconst char * llama_commit() { return ""; }\n'
+        'const char * llama_compiler() { return ""; }\nconst char * llama_build_target() { return ""; }\n'
+    )
+    lib, tool = native.lib_dir(), folder / "gguf-split"
+    command = ["c++", "-std=c++17", "-O0", *(f"-I{root / name}" for name in ("common", "include", "ggml/include"))]
+    command += [str(root / "tools/gguf-split/gguf-split.cpp"), str(folder / "version.cpp"), "-o", str(tool)]
+    command += [f"-L{lib}", f"-Wl,-rpath,{lib}"]
+    # Some files of the library may need others that only its own rpath finds.
+    command += ["-lllama", "-lggml", "-lggml-base", "-Wl,--allow-shlib-undefined"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return lambda *args: subprocess.run([str(tool), *map(str, args)], check=True, capture_output=True)
+
+
+def test_split_and_merged_files_still_route(wide, gguf_split, tmp_path):
+    """pack, gguf-split, load the first piece; gguf-split --merge gives back the same tensors and routers."""
+    recipe, _, packed = wide
+    prompts = [tiny.prompt(20, seed) for seed in range(8)]
+    truth, scores, logits = routed(packed, prompts, [5, 6])
+    assert len({tuple(mask) for mask in truth}) > 1
+    gguf_split("--split-max-tensors", 20, packed, tmp_path / "piece")
+    pieces = sorted(tmp_path.glob("piece-*.gguf"))
+    assert len(pieces) > 2
+    masks, split_scores, split_logits = routed(pieces[0], prompts, [5, 6])
+    assert np.array_equal(masks, truth) and np.array_equal(split_scores, scores)
+    assert np.array_equal(split_logits, logits)
+    with pytest.raises(InputError, match="join them first"):
+        convert.convert(strip=pieces[0], outfile=tmp_path / "no.gguf")
+    gguf_split("--merge", pieces[0], tmp_path / "merged.gguf")
+    assert np.array_equal(routed(tmp_path / "merged.gguf", prompts)[0], truth)
+    before, after = pack.open_gguf(packed), pack.open_gguf(tmp_path / "merged.gguf")
+    assert before.values("first.") == after.values("first.") and len(before.values("first.")) > 10
+    for a, b in zip(before.tensors, after.tensors, strict=True):
+        assert a.name == b.name
+        assert before.data[a.start : a.start + a.size] == after.data[b.start : b.start + b.size]
+    convert.convert(base_gguf=tmp_path / "merged.gguf", first=recipe, outfile=tmp_path / "again.gguf")
+    assert np.array_equal(routed(tmp_path / "again.gguf", prompts)[0], truth)
 
 
 def test_all_layers_protected_runs_as_the_base(tiny_model, tmp_path):
