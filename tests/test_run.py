@@ -15,7 +15,8 @@ import tiny
 
 from first_convert import convert
 from pyfirst import FirstLlama
-from pyfirst.cli.run import build_parser, main, parse_layers, parse_share, run
+from pyfirst.cli.common import parse_share
+from pyfirst.cli.run import build_parser, main, parse_layers, run
 from pyfirst.errors import InputError
 
 PROMPT = "the quick brown fox"

@@ -56,9 +56,7 @@ def test_cached_generation_is_the_forward_without_the_layers(tmp_path, arch, pre
         sequence, logits, used = greedy(model, ids, keep=keep)
         assert used[0].tolist() == keep.tolist()
         model.unwrap()
-        truth = tiny.gold(
-            model.inner, keep.int().tolist(), ids[0].tolist(), sequence[0, 9:-1].tolist(), prefill
-        )
+        truth = tiny.gold(model.inner, keep.int().tolist(), ids[0].tolist(), sequence[0, 9:-1].tolist(), prefill)
         model.wrap()
         assert abs(logits[0].numpy() - truth[8:]).max() < 1e-4, off
 
@@ -139,9 +137,7 @@ def test_beams_keep_the_mask_of_their_prompt(folder):
     ids = torch.cat([prompt_of(6, 1), prompt_of(6, 2)])
     together, keep = model.generate(ids, num_beams=3, max_new_tokens=6, min_new_tokens=6, do_sample=False)
     for i in range(2):
-        alone, own = model.generate(
-            ids[i : i + 1], num_beams=3, max_new_tokens=6, min_new_tokens=6, do_sample=False
-        )
+        alone, own = model.generate(ids[i : i + 1], num_beams=3, max_new_tokens=6, min_new_tokens=6, do_sample=False)
         assert alone[0].tolist() == together[i].tolist()
         assert own[0].tolist() == keep[3 * i].tolist()
 
@@ -217,8 +213,7 @@ def test_leave_one_out_finds_the_useless_layer(folder):
         for name in ("self_attn.o_proj", "mlp.down_proj"):
             model.layers[2].get_submodule(name).weight.zero_()
     examples = [
-        Example(prompt_of(4 + i, i)[0].tolist(), prompt_of(3 + i % 2, 90 + i)[0].tolist(), "a", "")
-        for i in range(5)
+        Example(prompt_of(4 + i, i)[0].tolist(), prompt_of(3 + i % 2, 90 + i)[0].tolist(), "a", "") for i in range(5)
     ]
     deltas, features = leave_one_out(model, examples, 2)
     assert deltas[:, 2].abs().max() < 1e-5
@@ -253,9 +248,7 @@ def test_routers_come_back_bit_equal_and_wrong_ones_are_refused(folder, tmp_path
 def test_lora_never_lands_on_a_router(folder):
     from peft import LoraConfig, get_peft_model
 
-    base = get_peft_model(
-        tiny.load(folder), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
+    base = get_peft_model(tiny.load(folder), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
     model = FirstModel(base, Routers(4, tiny.WIDTH))
     names = list(model.state_dict())
     assert sum("lora_" in n for n in names) == 2 * 7 * 4
