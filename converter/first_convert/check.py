@@ -17,7 +17,8 @@ from pyfirst.errors import InputError
 def _params() -> Any:
     params = native().llama_model_default_params()
     params.n_gpu_layers = 0
-    params.use_extra_bufts = False  # no repacking: loading reads little of the file
+    # Names and shapes only: nothing is allocated, mapped or read of the tensors.
+    params.no_alloc, params.load_mode = True, native().LLAMA_LOAD_MODE_NONE
     return params
 
 
