@@ -50,6 +50,8 @@ def test_table_of_a_file_with_routers_and_the_time_to_load(tiny_model, tmp_path,
         "dense, regions inactive",
         "0 of 4 layers skipped",
         "2 of 4 layers skipped",
+        "routers read, none skipped",
+        "of prefill",
         "64 decode steps with another mask each: 0 graph rebuilds",
         "with arrays of 131072 floats",
     ):
@@ -106,8 +108,11 @@ def test_wrong_input_is_one_line_and_exit_code_2(options, message, tiny_model, t
 
 
 def test_what_the_worker_refuses_arrives_with_its_reason(tiny_model, tmp_path):
-    """The header is fine, so only loading finds that the tensors are cut short."""
-    path = tmp_path / "cut.gguf"
-    path.write_bytes(tiny_model("llama")[1].read_bytes()[:-5000])
-    with pytest.raises(InputError, match=r"cut\.gguf.*corrupted or incomplete"):
+    """The file is whole, so only loading finds that its routers are of a version that is not known."""
+    from first_convert.ggufio import Entry, rewrite
+    from first_convert.pack import open_gguf
+
+    path = tmp_path / "newer.gguf"
+    rewrite(open_gguf(tiny_model("llama")[1]), path, [Entry("first.version", "UINT32", 9)], lambda name: True)
+    with pytest.raises(InputError, match=r"newer\.gguf.*first\.version"):
         bench(str(path))

@@ -206,6 +206,15 @@ def _load_time(worker: Worker, model: str, repeats: int) -> dict[str, Any]:
     }
 
 
+def _router_cost(seconds: dict[tuple[str, str, int | None], list[dict[str, float]]]) -> float | None:
+    """Share of a prompt's time that the routers add, from medians of runs in turns; None without routers."""
+    scored, masked = (seconds.get(("pyfirst", context, 0)) for context in ("scored", "masked"))
+    if not scored or not masked:
+        return None
+    with_routers, without = (_quartiles([run["prefill"] for run in runs])[0] for runs in (scored, masked))
+    return with_routers / without - 1
+
+
 def bench(
     model: str,
     *,
@@ -220,8 +229,8 @@ def bench(
 ) -> dict[str, Any]:
     """Measure; what --json prints.
 
-    Returns {"machine", "model", "settings", "runs", "dense_against_stock", "graph", "load"}; one run is
-    {"phase": "prefill" | "decode", "library": "pyfirst" | "stock", "mode": "dense" | "forced",
+    Returns {"machine", "model", "settings", "runs", "router_cost", "dense_against_stock", "graph", "load"}; one run is
+    {"phase": "prefill" | "decode", "library": "pyfirst" | "stock", "mode": "dense" | "routed" | "forced",
     "layers_skipped", "skipped", "tokens_per_s", "iqr", "speedup", "samples"}. ``speedup`` is the ratio of
     medians to the dense runs of the same library, whose graphs hold no regions to switch. Raises InputError
     (a ValueError).
@@ -239,9 +248,7 @@ def bench(
     if n_layer is None:
         raise InputError(f"{model}: not a language model: {found['architecture']}.block_count is missing")
     if found["context_length"] and n_ctx > found["context_length"]:
-        raise InputError(
-            f"prompt and decoding are {n_ctx} tokens, the model was trained for {found['context_length']}"
-        )
+        raise InputError(f"prompt and decoding are {n_ctx} tokens, the model was trained for {found['context_length']}")
     counts = parse_skipped(skipped, n_layer)
     if stock_lib is not None and not list(Path(stock_lib).glob("*llama.*")):
         raise InputError(f"--stock-lib {stock_lib}: no libllama there")
@@ -250,10 +257,12 @@ def bench(
         workers = {"pyfirst": stack.enter_context(_worker(native.lib_dir(), False))}
         if stock_lib is not None:
             workers["stock"] = stack.enter_context(_worker(Path(stock_lib).resolve(), True))
+        scored = False
         for worker in workers.values():
-            worker.ask("open", model=model, threads=threads, n_ctx=n_ctx)
+            scored |= worker.ask("open", model=model, threads=threads, n_ctx=n_ctx).get("scored", False)
         # library, context, layers to skip; None: dense
         kinds: list[tuple[str, str, int | None]] = [(name, "plain", None) for name in reversed(workers)]
+        kinds += [("pyfirst", "scored", 0)] if scored else []
         kinds += [("pyfirst", "masked", count) for count in counts]
         seconds: dict[tuple[str, str, int | None], list[dict[str, float]]] = {kind: [] for kind in kinds}
         for turn in range(repeats + 1):
@@ -276,7 +285,7 @@ def bench(
     medians: dict[tuple[str, str], float] = {}
     for phase, n_tokens in (("prefill", prompt_length), ("decode", n_predict)):
         for kind in kinds:
-            library, _, count = kind
+            library, context, count = kind
             samples = [n_tokens / answer[phase] for answer in seconds[kind]]
             median, iqr = _quartiles(samples)
             if count is None:
@@ -285,7 +294,7 @@ def bench(
                 {
                     "phase": phase,
                     "library": library,
-                    "mode": "dense" if count is None else "forced",
+                    "mode": "dense" if count is None else "routed" if context == "scored" else "forced",
                     "layers_skipped": count or 0,
                     "skipped": (count or 0) / n_layer,
                     "tokens_per_s": median,
@@ -296,10 +305,9 @@ def bench(
             )
     against_stock = None
     if stock_lib is not None:
-        against_stock = {
-            phase: medians[phase, "pyfirst"] / medians[phase, "stock"] for phase in ("prefill", "decode")
-        }
+        against_stock = {phase: medians[phase, "pyfirst"] / medians[phase, "stock"] for phase in ("prefill", "decode")}
     return {
+        "router_cost": _router_cost(seconds),
         "machine": machine(threads),
         "model": {name: found[name] for name in ("path", "architecture", "layers", "width", "tensor_type")},
         "settings": {"prompt_length": prompt_length, "n_predict": n_predict, "repeats": repeats},
@@ -328,16 +336,18 @@ def table(result: dict[str, Any]) -> str:
     for prefill, decode in zip(result["runs"][:half], result["runs"][half:], strict=True):
         if prefill["mode"] == "forced":
             name = f"{prefill['layers_skipped']} of {model['layers']} layers skipped"
+        elif prefill["mode"] == "routed":
+            name = "routers read, none skipped"
         else:
             name = "unpatched llama.cpp" if prefill["library"] == "stock" else "dense, regions inactive"
-        columns = [
-            f"{run['tokens_per_s']:9.1f}{run['iqr']:8.1f}{run['speedup']:8.2f}x" for run in (prefill, decode)
-        ]
+        columns = [f"{run['tokens_per_s']:9.1f}{run['iqr']:8.1f}{run['speedup']:8.2f}x" for run in (prefill, decode)]
         lines.append(f"{name:28}{'  '.join(columns)}")
     lines.append("")
     if result["dense_against_stock"]:
         ratios = ", ".join(f"{phase} {ratio:.3f}" for phase, ratio in result["dense_against_stock"].items())
         lines.append(f"dense against the unpatched library: {ratios}")
+    if result["router_cost"] is not None:
+        lines.append(f"routers cost {result['router_cost']:.1%} of prefill")
     graph = result["graph"]
     lines.append(f"{graph['steps']} decode steps with another mask each: {graph['rebuilds']} graph rebuilds")
     if result["load"]:

@@ -31,9 +31,7 @@ class Runner:
 
         self.llama = llama_cpp
         if plain and hasattr(llama_cpp.llama_cpp._lib, "llama_first_api_version"):
-            raise ValueError(
-                f"{os.environ['LLAMA_CPP_LIB_PATH']}: this library is patched, expected a stock one"
-            )
+            raise ValueError(f"{os.environ['LLAMA_CPP_LIB_PATH']}: this library is patched, expected a stock one")
         logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL + 1)
         llama_cpp.llama_backend_init()
 
@@ -42,9 +40,7 @@ class Runner:
         llama = self.llama
         reasons: list[str] = []
         with self.native.captured_errors() if self.native else contextlib.nullcontext(reasons) as reasons:
-            self.model = llama.llama_model_load_from_file(
-                os.fsencode(model), llama.llama_model_default_params()
-            )
+            self.model = llama.llama_model_load_from_file(os.fsencode(model), llama.llama_model_default_params())
         if not self.model:
             reason = reasons[0].partition(": ")[2] if reasons else "llama.cpp does not load it"
             raise ValueError(f"{model}: {reason}")
@@ -53,7 +49,10 @@ class Runner:
         params.n_ubatch = min(n_ctx, 512)
         params.n_threads = params.n_threads_batch = threads
         self.contexts = {}
-        for name in ("plain",) if self.native is None else ("plain", "masked"):
+        names = ["plain"]
+        if self.native is not None:
+            names += ["masked", "scored"] if self.native.routed_layers(self.model) else ["masked"]
+        for name in names:
             self.contexts[name] = llama.llama_init_from_model(self.model, params)
             if not self.contexts[name]:
                 raise ValueError(f"{model}: no context")
@@ -63,7 +62,12 @@ class Runner:
         self.tokens = [rng.randrange(n_vocab) for _ in range(n_ctx)]
         if self.native is not None:
             self._mask([])  # refused here where layers cannot be skipped
-        return {"n_layer": self.n_layer}
+        if "scored" in self.contexts:
+            # The routers read the prompt, but keep every layer: the difference is what scoring costs.
+            self.native.set_prefill(self.contexts["scored"], self.native.PREFILL_FULL)
+            self.native.set_threshold(self.contexts["scored"], 0.0)
+            self.native.set_routing(self.contexts["scored"], True)
+        return {"n_layer": self.n_layer, "scored": "scored" in self.contexts}
 
     def _clear(self, name: str) -> None:
         llama = self.llama
@@ -132,9 +136,7 @@ class Runner:
     def load(self, model: str) -> dict[str, float]:
         """Seconds to load a file and free it."""
         start = time.perf_counter()
-        loaded = self.llama.llama_model_load_from_file(
-            os.fsencode(model), self.llama.llama_model_default_params()
-        )
+        loaded = self.llama.llama_model_load_from_file(os.fsencode(model), self.llama.llama_model_default_params())
         if not loaded:
             raise ValueError(f"{model}: does not load")
         self.llama.llama_model_free(loaded)
