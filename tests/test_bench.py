@@ -22,16 +22,22 @@ def test_rows_against_the_unpatched_library_and_no_rebuilds(tiny_model, capfd):
     out, err = capfd.readouterr()
     result = json.loads(out)
     assert err == ""
-    expected = [("stock", "dense", 0), ("pyfirst", "dense", 0), *(("pyfirst", "forced", n) for n in (0, 1, 2))]
+    expected = [
+        ("stock", "dense", 0),
+        ("pyfirst", "alone", 0),
+        ("pyfirst", "dense", 0),
+        *(("pyfirst", "forced", n) for n in (0, 1, 2)),
+    ]
     for phase in ("prefill", "decode"):
         rows = [run for run in result["runs"] if run["phase"] == phase]
         assert [(run["library"], run["mode"], run["layers_skipped"]) for run in rows] == expected
-        assert [run["skipped"] for run in rows] == [0, 0, 0, 0.25, 0.5]
+        assert [run["skipped"] for run in rows] == [0, 0, 0, 0, 0.25, 0.5]
         for run in rows:
             assert len(run["samples"]) == 2 and run["tokens_per_s"] > 0 and run["iqr"] >= 0
-        dense = rows[1]["tokens_per_s"]
-        assert [run["speedup"] for run in rows[1:]] == pytest.approx([run["tokens_per_s"] / dense for run in rows[1:]])
-        assert result["dense_against_stock"][phase] == pytest.approx(dense / rows[0]["tokens_per_s"])
+        dense = rows[2]["tokens_per_s"]
+        assert [run["speedup"] for run in rows[2:]] == pytest.approx([run["tokens_per_s"] / dense for run in rows[2:]])
+        alone = rows[1]["tokens_per_s"] / rows[0]["tokens_per_s"]
+        assert result["dense_against_stock"][phase] == pytest.approx(alone)
     assert result["graph"] == {"steps": 64, "rebuilds": 0}
     assert result["machine"]["threads"] == 1 and result["machine"]["cpu"]
     assert result["model"]["layers"] == 4 and result["load"] is None

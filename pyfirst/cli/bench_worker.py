@@ -1,6 +1,6 @@
 """One libllama under measurement: a process that obeys JSON lines on stdin, each answered by one on stdout.
 
-The library is what LLAMA_CPP_LIB_PATH says; with "--plain" it need not be the patched one. Only functions of
+The library is what LLAMA_CPP_LIB_PATH says; with "--plain" it need not be the patched one, and is alone in its process. Only functions of
 llama.cpp are timed: no sampling, no detokenising, no Python beyond one call a step.
 """
 
@@ -30,8 +30,6 @@ class Runner:
         import llama_cpp
 
         self.llama = llama_cpp
-        if plain and hasattr(llama_cpp.llama_cpp._lib, "llama_first_api_version"):
-            raise ValueError(f"{os.environ['LLAMA_CPP_LIB_PATH']}: this library is patched, expected a stock one")
         logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL + 1)
         llama_cpp.llama_backend_init()
 
@@ -67,7 +65,8 @@ class Runner:
             self.native.set_prefill(self.contexts["scored"], self.native.PREFILL_FULL)
             self.native.set_threshold(self.contexts["scored"], 0.0)
             self.native.set_routing(self.contexts["scored"], True)
-        return {"n_layer": self.n_layer, "scored": "scored" in self.contexts}
+        patched = hasattr(llama.llama_cpp._lib, "llama_first_api_version")
+        return {"n_layer": self.n_layer, "scored": "scored" in self.contexts, "patched": patched}
 
     def _clear(self, name: str) -> None:
         llama = self.llama
