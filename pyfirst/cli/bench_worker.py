@@ -1,7 +1,7 @@
 """One libllama under measurement: a process that obeys JSON lines on stdin, each answered by one on stdout.
 
-The library is what LLAMA_CPP_LIB_PATH says; with "--plain" it need not be the patched one, and is alone in its process. Only functions of
-llama.cpp are timed: no sampling, no detokenising, no Python beyond one call a step.
+The library is what LLAMA_CPP_LIB_PATH says; with "--plain" it need not be the patched one and has one context only.
+Only functions of llama.cpp are timed: no sampling, no detokenising, no Python beyond one call a step.
 """
 
 from __future__ import annotations
