@@ -182,9 +182,10 @@ def _centre(values: np.ndarray, modal: bool) -> np.ndarray:
 
 
 def modal_mask(masks: np.ndarray) -> np.ndarray:
-    """The most frequent row of bool [n, n_layer]; the first of equally frequent ones."""
+    """The most frequent row of bool [n, n_layer]; among equally frequent ones the nearest to their mean."""
     rows, counts = np.unique(masks, axis=0, return_counts=True)
-    return rows[counts.argmax()]
+    rows = rows[counts == counts.max()]
+    return rows[np.abs(rows - masks.mean(0)).sum(1).argmin()]
 
 
 def compare_tasks(masks: np.ndarray, tasks: Sequence[str], weights: np.ndarray) -> dict[str, Any] | None:

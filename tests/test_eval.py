@@ -248,6 +248,9 @@ def test_guessing_tasks_from_masks():
         assert scores.guess_tasks(masks, tasks, modal).tolist() == [1, 1, 1, 0, 1, 1, 1, 1]
         # alone in its task, it can only be taken for another
         assert scores.guess_tasks(np.array([a, b, b], bool), ["x", "y", "y"], modal)[0] == 0
+    # All different: the one in the middle, not the one that skips most.
+    rows = np.array([[0, 0, 0, 1], [1, 0, 1, 1], [1, 1, 1, 1]], bool)
+    assert scores.modal_mask(rows).tolist() == [True, False, True, True]
     found = scores.compare_tasks(masks, tasks, scores.draw(tasks, 0))
     assert found["modal"] == {"x": [2], "y": [1]} and found["differ"] == {"x / y": 0.5} and found["chance"] == 0.5
     assert found["guess"]["mean"]["value"] == pytest.approx(7 / 8)
