@@ -3,44 +3,85 @@
 from __future__ import annotations
 
 import json
+import math
 
+import gguf
+import numpy as np
 import pytest
 import tiny
+from native_model import opened
 from test_patch import STOCK
 
 from first_convert import convert
-from pyfirst.cli.bench import bench, main, parse_skipped, spread
+from pyfirst.cli import bench_files
+from pyfirst.cli.bench import bench, main, parse_lengths, parse_skipped, spread
 from pyfirst.errors import InputError
 
 QUICK = ("--prompt-length", "24", "-n", "4", "--repeats", "2")
 
 
-def test_rows_against_the_unpatched_library_and_no_rebuilds(tiny_model, capfd):
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_rows_against_the_unpatched_library_and_no_rebuilds(tiny_model, tmp_path, capfd):
     path = str(tiny_model("llama")[1])
+    plot = tmp_path / "out.png"
     capfd.readouterr()
-    assert main(["-m", path, *QUICK, "--skipped", "1,50%", "--stock-lib", str(STOCK), "--json"]) == 0
+    options = ("-p", "8,24", "-n", "4", "--repeats", "3", "--skipped", "1,50%", "--plot", str(plot))
+    assert main(["-m", path, *options, "--stock-lib", str(STOCK), "--json"]) == 0
     out, err = capfd.readouterr()
     result = json.loads(out)
     assert err == ""
     expected = [
         ("stock", "dense", 0),
-        ("pyfirst", "alone", 0),
         ("pyfirst", "dense", 0),
+        ("pyfirst", "pruned", 2),
         *(("pyfirst", "forced", n) for n in (0, 1, 2)),
     ]
     for phase in ("prefill", "decode"):
-        rows = [run for run in result["runs"] if run["phase"] == phase]
-        assert [(run["library"], run["mode"], run["layers_skipped"]) for run in rows] == expected
-        assert [run["skipped"] for run in rows] == [0, 0, 0, 0, 0.25, 0.5]
-        for run in rows:
-            assert len(run["samples"]) == 2 and run["tokens_per_s"] > 0 and run["iqr"] >= 0
-        dense = rows[2]["tokens_per_s"]
-        assert [run["speedup"] for run in rows[2:]] == pytest.approx([run["tokens_per_s"] / dense for run in rows[2:]])
-        alone = rows[1]["tokens_per_s"] / rows[0]["tokens_per_s"]
-        assert result["dense_against_stock"][phase] == pytest.approx(alone)
+        for length in (8, 24):
+            rows = [run for run in result["runs"] if (run["phase"], run["prompt"]) == (phase, length)]
+            assert [(run["library"], run["mode"], run["layers_skipped"]) for run in rows] == expected
+            assert [run["skipped"] for run in rows] == [0, 0, 0.5, 0, 0.25, 0.5]
+            (fit,) = (fit for fit in result["fit"] if (fit["phase"], fit["prompt"]) == (phase, length))
+            dense, pruned = rows[1], rows[2]
+            assert fit["from"] == "pruned"
+            for run, kept in ((dense, 4), (pruned, 2)):  # the line goes through both
+                assert 1 / run["tokens_per_s"] == pytest.approx(fit["fixed_s"] + kept * fit["layer_s"])
+            for run in rows:
+                kept = 4 - run["layers_skipped"]
+                assert len(run["samples"]) == 3 and run["iqr"] >= 0
+                assert run["tokens_per_s"] == pytest.approx(sorted(run["samples"])[1])
+                assert run["speedup"] == pytest.approx(run["tokens_per_s"] / dense["tokens_per_s"])
+                alone = 1 / (fit["fixed_s"] + kept * fit["layer_s"])
+                assert run["ideal"] == pytest.approx(alone / dense["tokens_per_s"])
+                assert run["efficiency"] == pytest.approx(run["speedup"] / run["ideal"])
+            against = dense["tokens_per_s"] / rows[0]["tokens_per_s"]
+            assert result["dense_against_stock"][phase][str(length)] == pytest.approx(against)
     assert result["graph"] == {"steps": 64, "rebuilds": 0}
     assert result["machine"]["threads"] == 1 and result["machine"]["cpu"]
-    assert result["model"]["layers"] == 4 and result["load"] is None
+    assert {"governor", "temperature_c"} <= set(result["machine"])
+    assert all(size > 1e6 for size in result["peak_bytes"].values())
+    assert result["model"]["layers"] == 4 and result["load"] is None and result["router_cost"] is None
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert list((tmp_path / "cache").rglob("*.gguf")) == []
+
+
+@pytest.mark.parametrize("prefill", ["full", "skip"])
+def test_routed_rows_say_what_the_routers_decided(prefill, tiny_model, tmp_path):
+    folder, path = tiny_model("qwen3")
+    recipe = tiny.recipe(tmp_path / "recipe", folder, mask=[1, 0, 1, 1], prefill=prefill)
+    convert.convert(base_gguf=path, first=recipe, outfile=tmp_path / "routed.gguf")
+    result = bench(str(tmp_path / "routed.gguf"), prompt_length=24, n_predict=4, repeats=1, skipped="0")
+    rows = {run["phase"]: run for run in result["runs"] if run["mode"] == "routed"}
+    (pruned,) = (run for run in result["runs"] if run["mode"] == "pruned" and run["phase"] == "prefill")
+    assert [run["skipped"] for run in rows.values()] == [0.25, 0.25]
+    # what skips nothing in the prompt is not measured against a prompt that does
+    assert (rows["prefill"]["ideal"] == 1) == (prefill == "full")
+    assert pruned["ideal"] != 1 and rows["decode"]["ideal"] != 1
+    assert list(result["router_cost"]) == ["24"]
 
 
 def test_table_of_a_file_with_routers_and_the_time_to_load(tiny_model, tmp_path, capfd):
@@ -53,11 +94,12 @@ def test_table_of_a_file_with_routers_and_the_time_to_load(tiny_model, tmp_path,
     assert err == ""
     for text in (
         "threads 2",
-        "dense, regions inactive",
+        "pruned to 2 layers",
         "0 of 4 layers skipped",
         "2 of 4 layers skipped",
         "routers read, none skipped",
-        "of prefill",
+        "routed, 1 of 4 skipped",
+        "routers cost of prefill",
         "64 decode steps with another mask each: 0 graph rebuilds",
         "with arrays of 131072 floats",
     ):
@@ -74,13 +116,79 @@ def test_layers_are_spread_and_spare_both_ends():
 
 
 def test_skipped_is_numbers_or_shares():
-    assert parse_skipped(None, 30) == [0, 8, 15]
+    assert parse_skipped(None, 30) == [0, 3, 6, 8, 9, 12, 15]
+    assert parse_skipped(None, 16) == [0, 2, 3, 4, 5, 6, 8]
     assert parse_skipped("0,8,15", 30) == parse_skipped("15, 8", 30) == [0, 8, 15]
     assert parse_skipped("10%,50%", 30) == [0, 3, 15]
     assert parse_skipped(None, 2) == [0]
     for text in ("29", "-1", "x", "", "nan%", "120%"):
         with pytest.raises(InputError, match="--skipped"):
             parse_skipped(text, 30)
+
+
+def test_prompt_lengths():
+    assert parse_lengths("256, 64,64") == [64, 256] and parse_lengths(24) == [24]
+    for text in ("", "0", "-1", "64,x", "64,"):
+        with pytest.raises(InputError, match="--prompt-length"):
+            parse_lengths(text)
+
+
+# Parameters of the released models, the shared matrix counted once.
+@pytest.mark.parametrize(
+    ("name", "count"), [("llama-3.2-1b", 1235814400), ("llama-3.2-3b", 3212749824), ("qwen3-0.6b", 596049920)]
+)
+def test_shapes_have_the_parameters_of_the_models(name, count):
+    assert sum(math.prod(dims) for _, dims in bench_files.SHAPES[name].tensors()) == count
+
+
+SMALL = {
+    "llama-3.2-1b": bench_files.Shape("llama", 4, 256, 512, 4, 2, 64, 300, 512, 5e5, 1e-5),
+    "qwen3-0.6b": bench_files.Shape("qwen3", 4, 256, 512, 8, 4, 64, 300, 512, 1e6, 1e-6),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("kind", ["q4_0", "q8_0", "q4_K", "f16"])
+def test_synthetic_file_runs_and_has_the_type(name, kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_files, "SHAPES", SMALL)
+    path = tmp_path / "made.gguf"
+    bench_files.write_synthetic(name, path, kind)
+    reader = gguf.GGUFReader(path)
+    types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert types["blk.3.ffn_down.weight"] == kind.upper() and types["output_norm.weight"] == "F32"
+    assert types["token_embd.weight"] == ("Q6_K" if kind in ("q4_0", "q4_K") else kind.upper())
+    up = next(tensor for tensor in reader.tensors if tensor.name == "blk.0.ffn_up.weight")
+    values = gguf.quants.dequantize(up.data, up.tensor_type)
+    assert values.shape == (512, 256) and values.std() == pytest.approx(0.02, rel=0.05)
+    with opened(path) as model:
+        assert model.n_vocab == 300 and np.isfinite(model.feed([116, 104, 101])).all()
+
+
+def test_synthetic_from_the_command_line_leaves_nothing_unless_kept(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(bench_files, "SHAPES", SMALL)
+    cache = tmp_path / "cache" / "pyfirst"
+    assert main(["--synthetic", "llama-3.2-1b", *QUICK, "--skipped", "1", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["model"]["tensor_type"] == "q4_0"
+    assert list(cache.iterdir()) == []
+    for _ in range(2):
+        assert main(["--synthetic", "qwen3-0.6b", *QUICK, "--skipped", "1", "--type", "q8_0", "--keep"]) == 0
+        assert [file.name for file in cache.iterdir()] == ["qwen3-0.6b-q8_0.gguf"]
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3moe"])
+def test_pruned_copy_computes_what_the_mask_does(arch, tiny_model, tmp_path):
+    from first_convert.ggufio import Gguf
+
+    path = tiny_model(arch)[1]
+    bench_files.prune(Gguf(path), [0, 3], tmp_path / "pruned.gguf")
+    ids = tiny.prompt(12)
+    with opened(tmp_path / "pruned.gguf") as model:
+        assert model.n_layer == 2
+        pruned = model.feed(ids)
+    with opened(path) as model:
+        model.set_mask([1, 0, 0, 1])
+        masked = model.feed(ids)
+    assert np.abs(pruned - masked).max() < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -93,6 +201,11 @@ def test_skipped_is_numbers_or_shares():
         (["-t", "0"], "-t is 0"),
         (["--repeats", "0"], "--repeats is 0"),
         (["--prompt-length", "600"], "trained for 512"),
+        (["-t", "2", "--clock", "cpu"], "--clock cpu with -t 2"),
+        (["--plot", "x.txt"], "--plot x.txt"),
+        (["--plot", "{missing}/x.png"], "no folder"),
+        (["--synthetic", "gpt-9"], "expected one of llama-3.2-1b"),
+        (["--synthetic", "qwen3-0.6b", "--type", "q9"], "expected one of f32"),
         (["--stock-lib", "{folder}"], "no libllama there"),
         (["--stock-lib", "{ours}"], "this library is patched"),
     ],
@@ -105,7 +218,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(options, message, tiny_model, t
     names = {name: str(tmp_path / name) for name in ("missing", "text")}
     names |= {"folder": str(tmp_path), "ours": str(native.lib_dir())}
     options = [option.format(**names) for option in options]
-    if "-m" not in options:
+    if "-m" not in options and "--synthetic" not in options:
         options += ["-m", str(tiny_model("llama")[1])]
     code = main(options)
     out, err = capfd.readouterr()

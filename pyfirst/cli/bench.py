@@ -9,15 +9,17 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyfirst.cli import common
+from pyfirst import plots
+from pyfirst.cli import bench_files, common
 from pyfirst.errors import InputError
 
-ARRAY_FLOATS = 131072
+DEFAULT_SHARES = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5)
+CLOCKS = ("wall", "cpu")
 REBUILD_STEPS = 64
 
 
@@ -25,27 +27,43 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line of first-bench."""
     parser = common.parser(
         "first-bench",
-        "Measure decoding and prefill with forced shares of layers skipped, in turns (A B A B), and print\n"
-        "medians. Files without routers will do. The prompt skips too (prefill mode skip).",
-        "first-bench -m model.gguf -t 1 --skipped 0,8,15 --stock-lib stock/llama_cpp/lib",
+        "Measure decoding and prefill with forced shares of layers skipped, in turns (A B A B), and print medians\n"
+        "beside the ideal: what a file with so many fewer layers would do. Files without routers will do.\n"
+        "Forced runs skip in the prompt too (prefill mode skip); the routed one does what the file says.",
+        "first-bench -m model.gguf -t 1 -p 64,256 --skipped 25%,50% --stock-lib stock/llama_cpp/lib",
     )
     add = parser.add_argument
-    add("-m", "--model", required=True, metavar="FILE", help="GGUF file")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("-m", "--model", metavar="FILE", help="GGUF file")
+    model.add_argument(
+        "--synthetic",
+        metavar="SHAPE",
+        help=f"a file of random weights, made here and removed afterwards: {', '.join(bench_files.SHAPES)}",
+    )
+    add("--type", default="q4_0", metavar="TYPE", help="tensor type of --synthetic (default: q4_0)")
+    add("--keep", action="store_true", help=f"keep the file of --synthetic, in {bench_files.cache_dir()}")
     add("--stock-lib", metavar="DIR", help="folder of an unpatched libllama, to compare the dense path with")
     add("-t", "--threads", type=int, default=1, metavar="N", help="threads (default: 1)")
     add(
         "--skipped",
         metavar="LIST",
-        help="layers to skip, numbers or shares, such as 8,15 or 25%%,50%% (default: a quarter and a half)",
+        help="layers to skip, numbers or shares, such as 8,15 or 25%%,50%% (default: 10%%,20%%,25%%,30%%,40%%,50%%)",
     )
-    add("--prompt-length", type=int, default=256, metavar="N", help="tokens of the prompt (default: 256)")
+    add("-p", "--prompt-length", default="64,256", metavar="LIST", help="tokens of the prompts (default: 64,256)")
     add("-n", "--n-predict", type=int, default=64, metavar="N", help="tokens to decode a run (default: 64)")
     add("--repeats", type=int, default=5, metavar="N", help="runs of each kind, after a warm-up (default: 5)")
     add(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu: the time of the process, which other work on the machine disturbs less; with -t 1 (default: wall)",
+    )
+    add(
         "--load-time",
         action="store_true",
-        help=f"also load copies of the file without and with {ARRAY_FLOATS} floats of router arrays",
+        help=f"also load copies of the file without and with {bench_files.ARRAY_FLOATS} floats of router arrays",
     )
+    add("--plot", metavar="FILE", help="draw speedup and ideal, as PNG, SVG or PDF (needs matplotlib)")
     add("--json", action="store_true", help="print one JSON object instead of the table")
     return parser
 
@@ -61,11 +79,11 @@ def parse_skipped(text: str | None, n_layer: int) -> list[int]:
     """The numbers of layers to skip, ascending, 0 among them. Raises InputError."""
     most = max(n_layer - 2, 0)
     if text is None:
-        return sorted({0, min(round(n_layer * 4 / 15), most), min(n_layer // 2, most)})
+        return sorted({0, *(min(_share(share, n_layer), most) for share in DEFAULT_SHARES)})
     counts = {0}
     for part in (part.strip() for part in text.split(",")):
         try:
-            count = round(float(part[:-1]) / 100 * n_layer) if part.endswith("%") else int(part)
+            count = _share(float(part[:-1]) / 100, n_layer) if part.endswith("%") else int(part)
         except (ValueError, OverflowError):
             count = -1
         if not 0 <= count <= most:
@@ -76,22 +94,50 @@ def parse_skipped(text: str | None, n_layer: int) -> list[int]:
     return sorted(counts)
 
 
+def _share(share: float, n_layer: int) -> int:
+    """The number of layers next to a share; halves go up."""
+    return int(share * n_layer + 0.5)
+
+
+def parse_lengths(lengths: str | int) -> list[int]:
+    """Prompt lengths such as "64,256", ascending. Raises InputError."""
+    parts = [part.strip() for part in str(lengths).split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise InputError(f"--prompt-length is '{lengths}', expected numbers of at least 1, such as 64,256")
+    return sorted({int(part) for part in parts})
+
+
+def _sensor(pattern: str) -> list[str]:
+    """What the files below /sys that match say, without those that cannot be read."""
+    found = []
+    for path in sorted(Path("/sys").glob(pattern)):
+        with contextlib.suppress(OSError):
+            found.append(path.read_text().strip())
+    return found
+
+
 def machine(threads: int) -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """What the numbers were measured on; None for what the system does not tell."""
     from pyfirst.llama import usable_cpus
 
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
+            if line.startswith(("model name", "Model\t")):
                 cpu = line.partition(":")[2].strip()
                 break
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    governors = _sensor("devices/system/cpu/cpu[0-9]*/cpufreq/scaling_governor")
+    degrees = [
+        int(value) / 1000 for value in _sensor("class/thermal/thermal_zone*/temp") if value.lstrip("-").isdigit()
+    ]
     return {
         "cpu": cpu,
         "cpus": usable_cpus(),
         "threads": threads,
         "load_average": load,
+        "governor": ", ".join(sorted(set(governors))) or None,
+        "temperature_c": max(degrees, default=None),
         "system": platform.platform(),
         "python": platform.python_version(),
     }
@@ -161,36 +207,9 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float]:
     return float(middle), float(high - low)
 
 
-def _router_copies(model: str, folder: Path) -> tuple[Path, Path]:
-    """The model without routers, and with routers whose arrays are filled up to ARRAY_FLOATS."""
-    import numpy as np
-
-    from first_convert.ggufio import Entry, rewrite
-    from first_convert.pack import entries, open_gguf
-    from pyfirst.recipe import FirstConfig, Recipe
-
-    source = open_gguf(model)
-    architecture = source.get("general.architecture")
-    n_layer, width = (source.get(f"{architecture}.{name}") for name in ("block_count", "embedding_length"))
-    recipe = Recipe(
-        FirstConfig(n_layer, width),
-        np.zeros((n_layer, width), np.float32),
-        np.zeros(n_layer, np.float32),
-        None,
-    )
-    added = entries(recipe)
-    missing = ARRAY_FLOATS - n_layer * (width + 1)
-    if missing > 0:
-        added.append(Entry("first.bench.filler", "ARRAY", [0.0] * missing, "FLOAT32"))
-    without, with_routers = folder / "without.gguf", folder / "with.gguf"
-    rewrite(source, without, [], lambda name: not name.startswith("first."))
-    rewrite(source, with_routers, added, lambda name: not name.startswith("first."))
-    return without, with_routers
-
-
 def _load_time(worker: Worker, model: str, repeats: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        pair = [str(path) for path in _router_copies(model, Path(folder))]
+    with bench_files.folder() as folder:
+        pair = [str(path) for path in bench_files.router_copies(model, folder)]
         for path in pair:
             worker.ask("load", model=path)
         times: list[list[float]] = [[], []]
@@ -199,20 +218,48 @@ def _load_time(worker: Worker, model: str, repeats: int) -> dict[str, Any]:
                 samples.append(worker.ask("load", model=path)["seconds"])
     without, with_routers = (_quartiles(samples)[0] for samples in times)
     return {
-        "floats": ARRAY_FLOATS,
+        "floats": bench_files.ARRAY_FLOATS,
         "without_s": without,
         "with_s": with_routers,
         "added_s": with_routers - without,
     }
 
 
-def _router_cost(seconds: dict[tuple[str, str, int | None], list[dict[str, float]]]) -> float | None:
-    """Share of a prompt's time that the routers add, from medians of runs in turns; None without routers."""
-    scored, masked = (seconds.get(("pyfirst", context, 0)) for context in ("scored", "masked"))
-    if not scored or not masked:
-        return None
-    with_routers, without = (_quartiles([run["prefill"] for run in runs])[0] for runs in (scored, masked))
-    return with_routers / without - 1
+@dataclass(frozen=True)
+class _Kind:
+    """One of the things that take turns."""
+
+    mode: str  # "dense", "pruned", "forced", "scored" or "routed"
+    library: str  # "pyfirst" or "stock"
+    worker: str
+    context: str
+    skip: int = 0  # layers that are skipped, or missing
+
+
+def _half(n_layer: int) -> list[int]:
+    """The layers of the pruned copy."""
+    gone = spread(n_layer, min(n_layer // 2, max(n_layer - 2, 0)))
+    return [layer for layer in range(n_layer) if layer not in gone]
+
+
+def _pruned(model: str, folder: Path, n_layer: int) -> tuple[Path, int]:
+    """A copy with half of the layers, and how many are missing. Raises InputError where that cannot be made."""
+    from first_convert.ggufio import Gguf
+
+    keep, out = _half(n_layer), folder / "pruned.gguf"
+    bench_files.prune(Gguf(model), keep, out)
+    return out, n_layer - len(keep)
+
+
+def _fit(points: Sequence[tuple[int, float]]) -> dict[str, float]:
+    """Seconds = fixed_s + layers * layer_s, least squares over (layers, seconds)."""
+    import numpy as np
+
+    layers, seconds = (np.array(column, np.float64) for column in zip(*points, strict=True))
+    if len(set(layers)) == 1:
+        return {"fixed_s": float(seconds.mean()), "layer_s": 0.0}
+    layer, fixed = np.polyfit(layers, seconds, 1)
+    return {"fixed_s": float(fixed), "layer_s": float(layer)}
 
 
 def bench(
@@ -221,30 +268,37 @@ def bench(
     stock_lib: str | None = None,
     threads: int = 1,
     skipped: str | None = None,
-    prompt_length: int = 256,
+    prompt_length: str | int = 256,
     n_predict: int = 64,
     repeats: int = 5,
+    clock: str = "wall",
     load_time: bool = False,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Measure; what --json prints.
 
-    Returns {"machine", "model", "settings", "runs", "router_cost", "dense_against_stock", "graph", "load"}; one run is
-    {"phase": "prefill" | "decode", "library": "pyfirst" | "stock", "mode": "alone" | "dense" | "routed" | "forced",
-    "layers_skipped", "skipped", "tokens_per_s", "iqr", "speedup", "samples"}. ``speedup`` is the ratio of
-    medians to the dense runs of the same library, whose graphs hold no regions to switch. Raises InputError
-    (a ValueError).
+    The ideal comes from a model that has fewer layers instead of skipping them: a copy of the file with half of its
+    layers is measured too, and seconds = fixed_s + layers * layer_s goes through it and the dense runs. So what
+    skipping itself costs is not in the ideal. Where no such copy can be made, the line is fitted to the forced runs.
+
+    Returns {"machine", "model", "settings", "runs", "fit", "router_cost", "dense_against_stock", "graph", "load"};
+    one run is {"phase": "prefill" | "decode", "prompt", "library": "pyfirst" | "stock", "mode": "dense" | "pruned" |
+    "forced" | "scored" | "routed", "layers_skipped", "skipped", "tokens_per_s", "iqr", "speedup", "ideal",
+    "efficiency", "samples"}. ``speedup`` is the ratio of medians to the dense runs, in a process of their own, and
+    efficiency is speedup / ideal. A scored run reads the routers and skips nothing; a routed one does what the file
+    says, and its layers_skipped is what they decided. Raises InputError (a ValueError).
     """
     from pyfirst import native
     from pyfirst.info import info
 
-    for option, value in (("-t", threads), ("--prompt-length", prompt_length), ("-n", n_predict)):
+    for option, value in (("-t", threads), ("-n", n_predict), ("--repeats", repeats)):
         if value < 1:
             raise InputError(f"{option} is {value}, expected at least 1")
-    if repeats < 1:
-        raise InputError(f"--repeats is {repeats}, expected at least 1")
+    if clock not in CLOCKS or (clock == "cpu" and threads > 1):
+        raise InputError(f"--clock {clock} with -t {threads}: expected wall, or cpu with one thread")
+    lengths = parse_lengths(prompt_length)
     found = info(model)
-    n_layer, n_ctx = found["layers"], prompt_length + n_predict
+    n_layer, n_ctx = found["layers"], lengths[-1] + n_predict
     if n_layer is None:
         raise InputError(f"{model}: not a language model: {found['architecture']}.block_count is missing")
     if found["context_length"] and n_ctx > found["context_length"]:
@@ -254,113 +308,166 @@ def bench(
         raise InputError(f"--stock-lib {stock_lib}: no libllama there")
 
     with contextlib.ExitStack() as stack:
-        workers = {"pyfirst": stack.enter_context(_worker(native.lib_dir(), False))}
+        workers: dict[str, Worker] = {}
+
+        def start(name: str, lib: str | os.PathLike[str], path: str, plain: bool = True) -> dict[str, Any]:
+            worker = stack.enter_context(_worker(lib, plain))
+            answer = worker.ask("open", model=path, threads=threads, n_ctx=n_ctx)
+            workers[name] = worker
+            return answer
+
+        # One process for each: what else a process holds moves the figures by some percent.
+        routers = start("regions", native.lib_dir(), model, plain=False)["routers"]
+        kinds: list[_Kind] = []
         if stock_lib is not None:
-            # One context a process for both: what else a process holds moves the figures by some percent.
-            workers["alone"] = stack.enter_context(_worker(native.lib_dir(), True))
-            workers["stock"] = stack.enter_context(_worker(Path(stock_lib).resolve(), True))
-        scored = False
-        for name, worker in workers.items():
-            opened = worker.ask("open", model=model, threads=threads, n_ctx=n_ctx)
-            scored |= opened["scored"]
-            if name == "stock" and opened["patched"]:
+            if start("stock", Path(stock_lib).resolve(), model)["patched"]:
                 raise InputError(f"--stock-lib {stock_lib}: this library is patched, expected a stock one")
-        # library, context, layers to skip; None: dense
-        kinds: list[tuple[str, str, int | None]] = [(name, "plain", None) for name in reversed(workers)]
-        kinds += [("pyfirst", "scored", 0)] if scored else []
-        kinds += [("pyfirst", "masked", count) for count in counts]
-        seconds: dict[tuple[str, str, int | None], list[dict[str, float]]] = {kind: [] for kind in kinds}
+            kinds.append(_Kind("dense", "stock", "stock", "plain"))
+        start("dense", native.lib_dir(), model)
+        kinds.append(_Kind("dense", "pyfirst", "dense", "plain"))
+        folder = stack.enter_context(bench_files.folder())
+        with contextlib.suppress(InputError):
+            path, missing = _pruned(model, folder, n_layer)
+            start("pruned", native.lib_dir(), str(path))
+            kinds.append(_Kind("pruned", "pyfirst", "pruned", "plain", missing))
+        kinds += [_Kind("forced", "pyfirst", "regions", "masked", count) for count in counts]
+        if routers:
+            kinds += [_Kind(mode, "pyfirst", "regions", mode) for mode in ("scored", "routed")]
+
+        answers: dict[tuple[int, _Kind], list[dict[str, Any]]] = {(n, kind): [] for n in lengths for kind in kinds}
         for turn in range(repeats + 1):
             on_progress("warm-up" if turn == 0 else f"turn {turn} of {repeats}")
-            for kind in kinds:
-                library, context, count = kind
-                answer = workers[library].ask(
+            for (length, kind), samples in answers.items():
+                answer = workers[kind.worker].ask(
                     "measure",
-                    name=context,
-                    skip=spread(n_layer, count or 0),
-                    n_prompt=prompt_length,
+                    name=kind.context,
+                    skip=spread(n_layer, kind.skip) if kind.mode == "forced" else [],
+                    n_prompt=length,
                     n_decode=n_predict,
+                    clock=clock,
                 )
                 if turn:
-                    seconds[kind].append(answer)
-        graph = workers["pyfirst"].ask("rebuilds", steps=REBUILD_STEPS)
-        load = _load_time(workers["pyfirst"], model, repeats) if load_time else None
+                    samples.append(answer)
+        graph = workers["regions"].ask("rebuilds", steps=REBUILD_STEPS)
+        peak = {name: worker.ask("memory")["peak"] for name, worker in workers.items()}
+        load = _load_time(workers["regions"], model, repeats) if load_time else None
+        measured_on = machine(threads)
 
     runs: list[dict[str, Any]] = []
-    medians: dict[tuple[str, str], float] = {}
-    for phase, n_tokens in (("prefill", prompt_length), ("decode", n_predict)):
-        for kind in kinds:
-            library, context, count = kind
-            samples = [n_tokens / answer[phase] for answer in seconds[kind]]
-            median, iqr = _quartiles(samples)
-            if count is None:
-                medians[phase, library] = median
-            runs.append(
-                {
-                    "phase": phase,
-                    "library": "pyfirst" if library == "alone" else library,
-                    "mode": "alone"
-                    if library == "alone"
-                    else "dense"
-                    if count is None
-                    else "routed"
-                    if context == "scored"
-                    else "forced",
-                    "layers_skipped": count or 0,
-                    "skipped": (count or 0) / n_layer,
-                    "tokens_per_s": median,
-                    "iqr": iqr,
-                    "speedup": median / medians[phase, library],
-                    "samples": samples,
-                }
-            )
-    against_stock = None
-    if stock_lib is not None:
-        against_stock = {phase: medians[phase, "alone"] / medians[phase, "stock"] for phase in ("prefill", "decode")}
+    fits: list[dict[str, Any]] = []
+    against_stock: dict[str, dict[str, float]] | None = None if stock_lib is None else {}
+    router_cost: dict[str, float] | None = {} if routers else None
+    full_prompt = (found["first"] or {}).get("prefill") == "full"
+    for phase in ("prefill", "decode"):
+        for length in lengths:
+            n_tokens = length if phase == "prefill" else n_predict
+            seconds = {kind: _quartiles([a[phase] for a in answers[length, kind]])[0] for kind in kinds}
+            dense = next(kind for kind in kinds if (kind.mode, kind.library) == ("dense", "pyfirst"))
+            pruned = [kind for kind in kinds if kind.mode == "pruned"]
+            source = [dense, *(pruned or (kind for kind in kinds if kind.mode == "forced" and kind.skip))]
+            fit = _fit([(n_layer - kind.skip, seconds[kind] / n_tokens) for kind in source])
+            fits.append({"phase": phase, "prompt": length, "from": "pruned" if pruned else "forced", **fit})
+            for kind in kinds:
+                skip: float = kind.skip
+                if kind.mode == "routed":
+                    skip = n_layer - _quartiles([answer["kept"] for answer in answers[length, kind]])[0]
+                running = n_layer if kind.mode == "routed" and phase == "prefill" and full_prompt else n_layer - skip
+                ideal = (fit["fixed_s"] + n_layer * fit["layer_s"]) / (fit["fixed_s"] + running * fit["layer_s"])
+                rates = [n_tokens / answer[phase] for answer in answers[length, kind]]
+                speedup = seconds[dense] / seconds[kind]
+                runs.append(
+                    {
+                        "phase": phase,
+                        "prompt": length,
+                        "library": kind.library,
+                        "mode": kind.mode,
+                        "layers_skipped": skip,
+                        "skipped": skip / n_layer,
+                        "tokens_per_s": n_tokens / seconds[kind],
+                        "iqr": _quartiles(rates)[1],
+                        "speedup": speedup,
+                        "ideal": ideal,
+                        "efficiency": speedup / ideal,
+                        "samples": rates,
+                    }
+                )
+            by_mode = {(kind.mode, kind.library, kind.skip): seconds[kind] for kind in kinds}
+            if against_stock is not None:
+                against_stock.setdefault(phase, {})[str(length)] = by_mode["dense", "stock", 0] / seconds[dense]
+            if router_cost is not None and phase == "prefill":
+                router_cost[str(length)] = by_mode["scored", "pyfirst", 0] / by_mode["forced", "pyfirst", 0] - 1
     return {
-        "router_cost": _router_cost(seconds),
-        "machine": machine(threads),
+        "machine": measured_on,
         "model": {name: found[name] for name in ("path", "architecture", "layers", "width", "tensor_type")},
-        "settings": {"prompt_length": prompt_length, "n_predict": n_predict, "repeats": repeats},
+        "settings": {"prompt_lengths": lengths, "n_predict": n_predict, "repeats": repeats, "clock": clock},
         "runs": runs,
+        "fit": fits,
+        "peak_bytes": peak,
+        "router_cost": router_cost,
         "dense_against_stock": against_stock,
         "graph": graph,
         "load": load,
     }
 
 
+def _label(run: dict[str, Any], n_layer: int) -> str:
+    if run["library"] == "stock":
+        return "unpatched llama.cpp"
+    return {
+        "dense": "dense",
+        "pruned": f"pruned to {n_layer - run['layers_skipped']} layers",
+        "scored": "routers read, none skipped",
+        "forced": f"{run['layers_skipped']} of {n_layer} layers skipped",
+        "routed": f"routed, {run['layers_skipped']:g} of {n_layer} skipped",
+    }[run["mode"]]
+
+
 def table(result: dict[str, Any]) -> str:
     """The text form of what bench() returns."""
     machine, model, settings = result["machine"], result["model"], result["settings"]
-    load = machine["load_average"]
+    facts = [f"threads {machine['threads']}"]
+    if machine["load_average"] is not None:
+        facts.append(f"load average {machine['load_average']:.1f}")
+    if machine["governor"]:
+        facts.append(f"governor {machine['governor']}")
+    if machine["temperature_c"] is not None:
+        facts.append(f"{machine['temperature_c']:.0f} °C")
     lines = [
-        f"machine  {machine['cpu']}, {machine['cpus']} CPUs, threads {machine['threads']}"
-        + (f", load average {load:.1f}" if load is not None else ""),
+        f"machine  {machine['cpu']}, {machine['cpus']} CPUs, {', '.join(facts)}",
         f"model    {model['path']} ({model['layers']} layers, {model['tensor_type']})",
-        f"runs     prompt {settings['prompt_length']} tokens, decode {settings['n_predict']}, "
-        f"{settings['repeats']} in turns after a warm-up; medians",
-        "",
-        f"{'':28}{'prefill':>9}{'iqr':>8}{'speedup':>9}  {'decode':>9}{'iqr':>8}{'speedup':>9}",
-        f"{'':28}{'tokens/s':>9}{'':>17}  {'tokens/s':>9}",
+        f"runs     decode {settings['n_predict']} tokens, {settings['repeats']} in turns after a warm-up; medians"
+        + (", CPU time" if settings["clock"] == "cpu" else ""),
     ]
-    half = len(result["runs"]) // 2
-    for prefill, decode in zip(result["runs"][:half], result["runs"][half:], strict=True):
-        if prefill["mode"] == "forced":
-            name = f"{prefill['layers_skipped']} of {model['layers']} layers skipped"
-        elif prefill["mode"] == "routed":
-            name = "routers read, none skipped"
-        elif prefill["mode"] == "alone":
-            name = "dense, alone in a process"
-        else:
-            name = "unpatched llama.cpp" if prefill["library"] == "stock" else "dense, regions inactive"
-        columns = [f"{run['tokens_per_s']:9.1f}{run['iqr']:8.1f}{run['speedup']:8.2f}x" for run in (prefill, decode)]
-        lines.append(f"{name:28}{'  '.join(columns)}")
-    lines.append("")
-    if result["dense_against_stock"]:
-        ratios = ", ".join(f"{phase} {ratio:.3f}" for phase, ratio in result["dense_against_stock"].items())
-        lines.append(f"dense against the unpatched library: {ratios}")
-    if result["router_cost"] is not None:
-        lines.append(f"routers cost {result['router_cost']:.1%} of prefill")
+    peaks = [f"{name} {size / 1e6:.0f} MB" for name, size in result["peak_bytes"].items() if size]
+    if peaks:
+        lines.append(f"memory   peak of a process: {', '.join(peaks)}")
+    columns = f"{'tokens/s':>9}{'iqr':>7}{'speedup':>9}{'ideal':>7}{'eff.':>6}"
+    for length in settings["prompt_lengths"]:
+        lines += [
+            "",
+            f"{f'prompt of {length} tokens':28}{'prefill':>9}{'':29}  {'decode':>9}",
+            f"{'':28}{columns}  {columns}",
+        ]
+        rows = [[r for r in result["runs"] if (r["prompt"], r["phase"]) == (length, p)] for p in ("prefill", "decode")]
+        for pair in zip(*rows, strict=True):
+            cells = [
+                f"{run['tokens_per_s']:9.1f}{run['iqr']:7.1f}{run['speedup']:8.2f}x{run['ideal']:6.2f}x{run['efficiency']:6.2f}"
+                for run in pair
+            ]
+            lines.append(f"{_label(pair[1], model['layers']):28}{'  '.join(cells)}")
+        fits = [fit for fit in result["fit"] if fit["prompt"] == length]
+        text = "  ".join(
+            f"{1e3 * fit['fixed_s']:.3f} + layers * {1e3 * fit['layer_s']:.4f} ms".ljust(39) for fit in fits
+        )
+        lines.append(f"{'fit, a token':28} {text}".rstrip())
+    source = "the pruned copy" if result["fit"][0]["from"] == "pruned" else "the forced runs"
+    lines += ["", f"ideal: the line through the dense runs and {source}; eff. = speedup / ideal"]
+    for phase, ratios in (result["dense_against_stock"] or {}).items():
+        text = ", ".join(f"{ratio:.3f} at {length}" for length, ratio in ratios.items())
+        lines.append(f"dense against the unpatched library, {phase}: {text}")
+    if result["router_cost"]:
+        text = ", ".join(f"{cost:.1%} at {length}" for length, cost in result["router_cost"].items())
+        lines.append(f"routers cost of prefill: {text}")
     graph = result["graph"]
     lines.append(f"{graph['steps']} decode steps with another mask each: {graph['rebuilds']} graph rebuilds")
     if result["load"]:
@@ -374,26 +481,36 @@ def table(result: dict[str, Any]) -> str:
 
 def command(args: argparse.Namespace) -> None:
     """Run the parsed command."""
+    if args.plot:
+        plots.check(args.plot)
 
     def progress(text: str) -> None:
         if sys.stderr.isatty():
             print(f"\rfirst-bench: {text}\x1b[K", end="", file=sys.stderr, flush=True)
 
     try:
-        result = bench(
-            args.model,
-            stock_lib=args.stock_lib,
-            threads=args.threads,
-            skipped=args.skipped,
-            prompt_length=args.prompt_length,
-            n_predict=args.n_predict,
-            repeats=args.repeats,
-            load_time=args.load_time,
-            on_progress=progress,
-        )
+        with contextlib.ExitStack() as stack:
+            model = args.model
+            if args.synthetic:
+                progress("making the file")
+                model = str(stack.enter_context(bench_files.synthetic(args.synthetic, args.type, args.keep)))
+            result = bench(
+                model,
+                stock_lib=args.stock_lib,
+                threads=args.threads,
+                skipped=args.skipped,
+                prompt_length=args.prompt_length,
+                n_predict=args.n_predict,
+                repeats=args.repeats,
+                clock=args.clock,
+                load_time=args.load_time,
+                on_progress=progress,
+            )
     finally:
         if sys.stderr.isatty():
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    if args.plot:
+        plots.bench(result, args.plot)
     print(json.dumps(result) if args.json else table(result))
 
 

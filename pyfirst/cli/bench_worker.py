@@ -17,9 +17,17 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+# What the prompts repeat: routers should see text.
+TEXT = (
+    "The ferry to the island leaves at a quarter past nine, and in winter there is only one. Most of those who live "
+    "there keep sheep, mend nets or write software; the school has eleven pupils and two teachers. In 2019 the last "
+    "shop closed, so people order by telephone and the ferryman carries the parcels up the hill. Asked why she stays, "
+    "the postwoman says: 'You can hear the weather coming, and nobody is in a hurry.' "
+)
+
 
 class Runner:
-    """A model with a context for plain runs and one for runs with masks, whose graphs hold the regions."""
+    """A model with one context for dense runs, or with several for masks and routers, whose graphs hold regions."""
 
     def __init__(self, plain: bool):
         self.native: Any = None
@@ -49,15 +57,13 @@ class Runner:
         self.contexts = {}
         names = ["plain"]
         if self.native is not None:
-            names += ["masked", "scored"] if self.native.routed_layers(self.model) else ["masked"]
+            names = ["masked", "scored", "routed"] if self.native.routed_layers(self.model) else ["masked"]
         for name in names:
             self.contexts[name] = llama.llama_init_from_model(self.model, params)
             if not self.contexts[name]:
                 raise ValueError(f"{model}: no context")
         self.n_layer = llama.llama_model_n_layer(self.model)
-        n_vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self.model))
-        rng = random.Random(0)
-        self.tokens = [rng.randrange(n_vocab) for _ in range(n_ctx)]
+        self.tokens = self._tokens(n_ctx)
         if self.native is not None:
             self._mask([])  # refused here where layers cannot be skipped
         if "scored" in self.contexts:
@@ -65,8 +71,19 @@ class Runner:
             self.native.set_prefill(self.contexts["scored"], self.native.PREFILL_FULL)
             self.native.set_threshold(self.contexts["scored"], 0.0)
             self.native.set_routing(self.contexts["scored"], True)
+            self.native.set_routing(self.contexts["routed"], True)
         patched = hasattr(llama.llama_cpp._lib, "llama_first_api_version")
-        return {"n_layer": self.n_layer, "scored": "scored" in self.contexts, "patched": patched}
+        return {"n_layer": self.n_layer, "routers": "routed" in self.contexts, "patched": patched}
+
+    def _tokens(self, n: int) -> list[int]:
+        """``n`` tokens of TEXT, over and over."""
+        llama = self.llama
+        vocab = llama.llama_model_get_vocab(self.model)
+        text, room = TEXT.encode(), len(TEXT) + 8
+        buffer = (llama.llama_token * room)()
+        count = llama.llama_tokenize(vocab, text, len(text), buffer, room, False, False)
+        found = list(buffer[:count]) if count > 0 else [0]
+        return (found * (n // len(found) + 1))[:n]
 
     def _clear(self, name: str) -> None:
         llama = self.llama
@@ -85,20 +102,39 @@ class Runner:
             raise RuntimeError("llama_decode failed")
         self.llama.llama_synchronize(context)
 
-    def measure(self, name: str, skip: Sequence[int], n_prompt: int, n_decode: int) -> dict[str, float]:
-        """Seconds for a prompt, which skips too, and for n_decode single tokens after it."""
+    def measure(self, name: str, skip: Sequence[int], n_prompt: int, n_decode: int, clock: str) -> dict[str, Any]:
+        """Seconds, "wall" or "cpu", for a prompt, which skips too, and for n_decode single tokens after it.
+
+        "kept" is the number of layers that the routers kept, None where they did not decide.
+        """
         context, token_type = self.contexts[name], self.llama.llama_token
         self._clear(name)
         if name == "masked":
             self._mask(skip)
         prompt = (token_type * n_prompt)(*self.tokens[:n_prompt])
         steps = [(token_type * 1)(token) for token in self.tokens[n_prompt : n_prompt + n_decode]]
-        start = time.perf_counter()
+        now = time.process_time if clock == "cpu" else time.perf_counter
+        start = now()
         self._decode(context, prompt)
-        read = time.perf_counter()
+        read = now()
         for step in steps:
             self._decode(context, step)
-        return {"prefill": read - start, "decode": time.perf_counter() - read}
+        decoded = now()
+        mask = self.native.get_mask(context, self.n_layer) if name == "routed" else None
+        return {
+            "prefill": read - start,
+            "decode": decoded - read,
+            "kept": None if mask is None else int(mask.sum()),
+        }
+
+    def memory(self) -> dict[str, int | None]:
+        """Most bytes that this process has held; None where the system does not tell."""
+        try:
+            import resource
+        except ImportError:
+            return {"peak": None}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return {"peak": peak if sys.platform == "darwin" else peak * 1024}
 
     def rebuilds(self, steps: int) -> dict[str, int]:
         """Decode with a mask that changes before every step; count the graphs that were not reused.
