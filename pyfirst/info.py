@@ -58,6 +58,7 @@ def _functions() -> Any:
         "gguf_get_val_str": (ctypes.c_char_p, [ptr, i64]),
         "gguf_get_val_data": (ptr, [ptr, i64]),
         "gguf_get_n_tensors": (i64, [ptr]),
+        "gguf_get_tensor_name": (ctypes.c_char_p, [ptr, i64]),
         "gguf_get_tensor_type": (ctypes.c_int, [ptr, i64]),
         "gguf_get_tensor_size": (ctypes.c_size_t, [ptr, i64]),
         "ggml_type_name": (ctypes.c_char_p, [ctypes.c_int]),
@@ -112,14 +113,22 @@ class Header:
         kind = lib.gguf_get_arr_type(handle, index)
         return _NAMES.get(kind, f"type {kind}") + "[]"
 
-    def end(self) -> int:
-        """Where the last tensor ends, in bytes from the start of the file."""
+    def tensors(self) -> list[tuple[str, int, int]]:
+        """(name, start from the beginning of the file, bytes) of every tensor."""
         lib, handle = self._lib, self._handle
-        ends = [
-            lib.gguf_get_tensor_offset(handle, i) + lib.gguf_get_tensor_size(handle, i)
+        start = lib.gguf_get_data_offset(handle)
+        return [
+            (
+                lib.gguf_get_tensor_name(handle, i).decode("utf-8", "replace"),
+                start + lib.gguf_get_tensor_offset(handle, i),
+                lib.gguf_get_tensor_size(handle, i),
+            )
             for i in range(lib.gguf_get_n_tensors(handle))
         ]
-        return lib.gguf_get_data_offset(handle) + max(ends) if ends else 0
+
+    def end(self) -> int:
+        """Where the last tensor ends, in bytes from the start of the file."""
+        return max((start + size for _, start, size in self.tensors()), default=0)
 
     def tensor_bytes(self) -> dict[str, int]:
         """Type of tensor -> bytes of all such tensors."""
