@@ -9,7 +9,7 @@ from pyfirst import native  # noqa: F401  points llama_cpp at our library
 from pyfirst.errors import InputError
 
 import llama_cpp  # isort: skip
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter  # isort: skip
+from llama_cpp.llama_chat_format import ChatFormatterResponse, Jinja2ChatFormatter  # isort: skip
 
 
 class ChatTemplate:
@@ -34,21 +34,56 @@ class ChatTemplate:
             raw = llama_cpp.llama_vocab_get_text(vocab, token) if token != -1 else b""
             return (raw or b"").decode("utf-8", "replace")
 
-        eos, bos = text(llama_cpp.llama_vocab_eos(vocab)), text(llama_cpp.llama_vocab_bos(vocab))
+        eos = llama_cpp.llama_vocab_eos(vocab)
+        bos = text(llama_cpp.llama_vocab_bos(vocab))
         try:
-            self._formatter = Jinja2ChatFormatter(template, eos_token=eos, bos_token=bos)
+            self._formatter = Jinja2ChatFormatter(template, eos_token=text(eos), bos_token=bos, stop_token_ids=[eos])
         except Exception as error:
             raise InputError(f"{model_path}: the chat template does not parse: {error}") from error
+        self._takes_parts = self._renders_parts()
 
-    def render(self, messages: Sequence[dict[str, Any]]) -> str:
-        """The prompt for an answer to ``messages``, [{"role", "content"}, ...], with BOS where the template wants it.
+    def _renders_parts(self) -> bool:
+        """Whether the template reads content given as a list of parts; many would print the list itself."""
+        probe = [{"role": "user", "content": [{"type": "text", "text": "probe"}]}]
+        try:
+            prompt = self._formatter(messages=probe).prompt  # type: ignore[arg-type]
+        except Exception:
+            return False
+        return "probe" in prompt and "'probe'" not in prompt and '"probe"' not in prompt
+
+    def _plain(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The message with its text parts joined, where the template wants a string."""
+        content = message.get("content")
+        if self._takes_parts or not isinstance(content, list):
+            return message
+        texts = []
+        for part in content:
+            if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+                raise InputError(f"{self.model_path}: a message holds a part of type {kind!r}, this model reads text")
+            texts.append(part["text"])
+        return {**message, "content": "".join(texts)}
+
+    def __call__(self, *, messages: Sequence[dict[str, Any]], **kwargs: Any) -> ChatFormatterResponse:
+        """As the formatters of llama_cpp.llama_chat_format.
 
         Raises InputError with the template's own words where it refuses the messages.
         """
         if not messages:
             raise InputError("messages is empty: at least one message must decide")
+        for i, message in enumerate(messages):
+            if not (isinstance(message, dict) and isinstance(message.get("role"), str)):
+                raise InputError(f"message {i} is not an object with a 'role'")
+        plain = [self._plain(message) for message in messages]
         try:
-            return self._formatter(messages=list(messages)).prompt  # type: ignore[arg-type]
+            return self._formatter(messages=plain, **kwargs)  # type: ignore[arg-type]
         except Exception as error:
             # Templates are programs of the model's author: they raise what they like.
             raise InputError(f"{self.model_path}: the chat template refuses the messages: {error}") from error
+
+    def render(self, messages: Sequence[dict[str, Any]]) -> str:
+        """The prompt for an answer to ``messages``, [{"role", "content"}, ...], with BOS where the template wants it.
+
+        Raises InputError as __call__ does.
+        """
+        return self(messages=messages).prompt

@@ -10,9 +10,13 @@ The method is FiRST (https://arxiv.org/abs/2410.12513). For layer l with input h
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import hashlib
 import logging
 import os
 import random
+import threading
+import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +24,15 @@ from typing import Any
 
 import numpy as np
 
-from pyfirst import metadata, native
+from pyfirst import completion, metadata, native
+from pyfirst.chat import ChatTemplate
 from pyfirst.errors import InputError
 
+import jinja2  # isort: skip  a dependency of llama-cpp-python
 import llama_cpp  # isort: skip  (after native, which points it at our library)
+from llama_cpp.llama_chat_format import chat_formatter_to_chat_completion_handler  # isort: skip
+
+STATE_VERSION = 1
 
 logger = logging.getLogger("pyfirst")
 
@@ -66,15 +75,42 @@ class _Live:
     mask: tuple[bool, ...] = ()
 
 
-def usable_cpus() -> int:
-    """CPUs that this process may use: affinity and, on Linux, the cgroup's quota."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _quotas(root: Path, own: Path) -> Iterator[float]:
+    """CPUs that each cgroup around this process may use, where one is limited; version 2 and version 1."""
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        count = min(count, max(1, int(quota) // int(period)))
+        groups = [line.split(":", 2)[1:] for line in own.read_text().splitlines()]
     except (OSError, ValueError):
-        pass
-    return count
+        groups = []
+    folders = {root, root / "cpu"}
+    for controllers, path in groups:
+        base = root / "cpu" if controllers else root
+        folders.update((base / path.strip("/")).parents)
+        folders.add(base / path.strip("/"))
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = map(int, (folder / "cpu.max").read_text().split())
+            yield quota / period
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+            if quota > 0:
+                yield quota / period
+
+
+def usable_cpus(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> int:
+    """CPUs that this process may use: affinity and, on Linux, the quotas of its cgroups."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min([count, *_quotas(Path(root), Path(own))])))
+
+
+def _fingerprint(model_path: str) -> str:
+    """Tells model files apart, by size, head and tail."""
+    with open(model_path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        digest = hashlib.sha256(f"{size}\n".encode())
+        for place in (0, max(0, size - 65536)):
+            file.seek(place)
+            digest.update(file.read(65536))
+    return digest.hexdigest()
 
 
 def pick_threshold(
@@ -120,6 +156,9 @@ class FirstLlama(llama_cpp.Llama):
     Keys and values are reused between calls only where a fresh object would have computed the same: in "full" the
     common part of both prompts, in "skip" the common prefix if the same tokens decide.
 
+    One call at a time: calls from several threads wait for each other, and a call ends a stream that is still open,
+    whose next step then raises RuntimeError. FirstBatch answers many at once.
+
     Args:
         model_path: GGUF file.
         routing: let the routers decide; False runs dense, exactly as the parent does.
@@ -156,6 +195,8 @@ class FirstLlama(llama_cpp.Llama):
         kwargs.setdefault("seed", random.SystemRandom().getrandbits(31))
         for key in ("n_threads", "n_threads_batch"):
             kwargs[key] = kwargs.get(key) or usable_cpus()
+        self._lock = threading.RLock()
+        self._turn = 0  # of the call that holds the sequence
         self._open_model(os.fspath(model_path), kwargs)
 
         self.n_layer: int = llama_cpp.llama_model_n_layer(self.model)
@@ -178,9 +219,18 @@ class FirstLlama(llama_cpp.Llama):
         self._call_mask: np.ndarray | None = None
         self._live = _Live()
         self._pending: _Live | None = None
-        self._full = False  # the last answer filled the context
+        if not self._logits_all:
+            # The parent keeps n_batch rows that nobody fills, and copies them with every saved state.
+            self.scores = np.zeros((1, self.n_vocab()), np.single)
         self._threshold: float | None = None
         self._routed = False
+        self._file = ""  # fingerprint, made when first needed
+        if self.chat_handler is None and kwargs.get("chat_format") is None:
+            # The parent guesses a format, and without a template takes a wrong one in silence.
+            self.chat_format = None
+            if "tokenizer.chat_template" in self.metadata:
+                template = ChatTemplate(self.model_path, self.metadata, self._model.vocab)
+                self.chat_handler = chat_formatter_to_chat_completion_handler(template)  # type: ignore[arg-type]
         if routing and not self.has_routers:
             if self._forced is None:
                 logger.warning("%s: no routers in this file, running dense", model_path)
@@ -193,7 +243,45 @@ class FirstLlama(llama_cpp.Llama):
 
     def _open_model(self, model_path: str, kwargs: dict[str, Any]) -> None:
         with native.explained(model_path):
-            super().__init__(model_path, **kwargs)
+            try:
+                super().__init__(model_path, **kwargs)
+            except jinja2.TemplateError as error:
+                raise InputError(f"{model_path}: the chat template does not parse: {error}") from error
+
+    def close(self) -> None:
+        """Free the model; using the object afterwards raises RuntimeError. Harmless when done twice."""
+        if hasattr(self, "_stack"):  # or the constructor refused its arguments
+            with self._lock:
+                super().close()
+
+    def _check_open(self) -> None:
+        if self._ctx.ctx is None:
+            raise RuntimeError("this FirstLlama is closed")
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        """Token ids of UTF-8 bytes, as the parent gives them."""
+        self._check_open()
+        return super().tokenize(text, add_bos, special)
+
+    def detokenize(self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False) -> bytes:
+        """Bytes of token ids, as the parent gives them."""
+        self._check_open()
+        return super().detokenize(tokens, prev_tokens, special)
+
+    def is_eog(self, token: int) -> bool:
+        """Whether a token ends the answer."""
+        return bool(llama_cpp.llama_vocab_is_eog(self._model.vocab, token))
+
+    def logits_of(self, position: int) -> np.ndarray:
+        """Logits, float32 [n_vocab], that follow the token at ``position``; valid until the next step.
+
+        Without logits_all=True only those of the last token are kept.
+        """
+        if self._logits_all:
+            return self.scores[position]
+        if position != self.n_tokens - 1:
+            raise InputError(f"logits of token {position} need a model opened with logits_all=True")
+        return np.ctypeslib.as_array(self._ctx.get_logits_ith(-1), shape=(self.n_vocab(),))
 
     def _check_mask(
         self, mask: Sequence[bool] | np.ndarray | None, skip_layers: Sequence[int] | None
@@ -308,73 +396,157 @@ class FirstLlama(llama_cpp.Llama):
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens, as the parent does. The first ones after reset() are the prompt that decides."""
-        if self.n_tokens == 0 and self._pending is None:
-            tokens = self._open(list(tokens))
-        super().eval(tokens)
-        if self._pending is not None:
-            opened, self._pending = self._pending, None
-            self._close(opened)
+        self._check_open()
+        with self._lock:
+            if self.n_tokens == 0 and self._pending is None:
+                tokens = self._open(list(tokens))
+            super().eval(tokens)
+            if self._pending is not None:
+                opened, self._pending = self._pending, None
+                self._close(opened)
 
     def generate(
         self, tokens: Sequence[int], *args: Any, reset: bool = True, **kwargs: Any
     ) -> Generator[int, Any, None]:
-        """Yield tokens, as the parent does. Raises ValueError for an empty prompt and one that exceeds n_ctx."""
+        """Yield tokens, as the parent does, until the context is full.
+
+        Raises ValueError for an empty prompt and one that exceeds n_ctx, RuntimeError where another call came between.
+        """
+        self._check_open()
         tokens = list(tokens)
         if not tokens and reset:
             raise InputError("the prompt is empty: at least one token must decide")
         if len(tokens) > self._n_cells:
             raise InputError(f"the prompt has {len(tokens)} tokens, the context holds {self._n_cells}")
-        if reset:
-            tokens = self._open(tokens)
-        kwargs["reset"] = False
-        parent = super().generate(tokens, *args, **kwargs)
+        with self._lock:
+            self._turn += 1
+            turn = self._turn
+            if reset:
+                tokens = self._open(tokens)
+            kwargs["reset"] = False
+            parent = super().generate(tokens, *args, **kwargs)
         received = None
-        self._full = False
-        while True:
-            try:
-                token = parent.send(received)
-            except StopIteration:
-                return
-            received = yield token
-            if self.n_tokens >= self._n_cells:
-                # The parent would run into the end of the context in the middle of a character.
-                self._full = True
-                yield self.token_eos()
-                return
+        try:
+            while True:
+                with self._lock:
+                    self._check_open()
+                    if turn != self._turn:
+                        raise RuntimeError(
+                            "another call took this object over: finish a stream first, or use FirstBatch"
+                        )
+                    try:
+                        token = parent.send(received)
+                    except StopIteration:
+                        return
+                    full = self.n_tokens >= self._n_cells
+                received = yield token
+                if full:
+                    return
+        finally:
+            with self._lock:
+                parent.close()
+
+    def _create_completion(  # type: ignore[override]  # what the parent's public methods call
+        self,
+        prompt: str | list[int],
+        suffix: str | None = None,
+        max_tokens: int | None = 16,
+        temperature: float = 0.8,
+        *,
+        logprobs: int | None = None,
+        echo: bool = False,
+        stop: str | Sequence[str] | None = None,
+        stream: bool = False,
+        seed: int | None = None,
+        model: str | None = None,
+        logits_processor: Any = None,
+        logit_bias: dict[int, float] | None = None,
+        **sampling: Any,
+    ) -> Iterator[Any]:
+        if suffix is not None:
+            raise InputError("suffix: filling in the middle is not supported")
+        tokens = self.tokenize(prompt.encode(), True, True) if isinstance(prompt, str) else list(prompt)
+        if tokens[:2] == [self.token_bos()] * 2:
+            warnings.warn("the prompt begins with two BOS tokens; leave out the one in the text", RuntimeWarning, 3)
+        room = self._n_cells - len(tokens)
+        if room < 1:
+            raise InputError(f"the prompt has {len(tokens)} tokens, the context holds {self._n_cells} with the answer")
+        if logit_bias:
+            bias = {int(token): float(value) for token, value in logit_bias.items()}
+
+            def biased(_: Any, scores: np.ndarray) -> np.ndarray:
+                scores = scores.copy()
+                for token, value in bias.items():
+                    scores[token] += value
+                return scores
+
+            logits_processor = llama_cpp.LogitsProcessorList([*(logits_processor or ()), biased])
+        if self.cache:
+            self._restore_cached(tokens)
+        self.set_seed(random.Random(self._seed).randrange(2**32 - 1) if seed is None else seed)
+        steps = self.generate(tokens, temp=temperature, logits_processor=logits_processor, **sampling)
+        with contextlib.closing(steps):
+            yield from completion.complete(
+                self,
+                prompt,
+                tokens,
+                steps,
+                max_tokens=room if max_tokens is None or max_tokens <= 0 else min(max_tokens, room),
+                stop=[stop] if isinstance(stop, str) else stop or (),
+                logprobs=logprobs,
+                echo=echo,
+                stream=stream,
+                model=self.model_path if model is None else model,
+            )
+        if self.cache:
+            self.cache[self.input_ids[: self.n_tokens].tolist()] = self.save_state()
+
+    def _restore_cached(self, tokens: list[int]) -> None:
+        """Load the state of set_cache()'s cache that has more of the prompt than the sequence."""
+        assert self.cache is not None
+        with contextlib.suppress(KeyError):
+            state = self.cache[tokens]
+            here = common_prefix(self.input_ids[: self.n_tokens].tolist(), tokens)
+            if common_prefix(state.input_ids[: state.n_tokens].tolist(), tokens) > here:
+                self.load_state(state)
 
     def _complete(self, result: Any) -> Any:
-        """Add the "first" entry, and say "length" where the end of the context ended the text."""
+        """Add the "first" entry."""
         if self.routing is not None:
             result["first"] = self.routing.report()
-        for choice in result["choices"]:
-            if self._full and choice["finish_reason"] == "stop":
-                choice["finish_reason"] = "length"
         return result
 
     def _answer(self, call: Any, stream: bool, mask: np.ndarray | None) -> Any:
         """Run one request with its own forced mask and add the "first" entry to what comes back."""
+        self._check_open()
         if stream:
             return self._stream(call, mask)
-        self._call_mask = mask
-        try:
-            return self._complete(call())
-        finally:
-            self._call_mask = None
+        with self._lock:
+            before, self._call_mask = self._call_mask, mask
+            try:
+                return self._complete(call())
+            finally:
+                self._call_mask = before
 
     def _stream(self, call: Any, mask: np.ndarray | None) -> Iterator[Any]:
-        self._call_mask = mask
-        try:
-            for chunk in call():
-                self._call_mask = None
-                yield self._complete(chunk)
-        finally:
-            self._call_mask = None
+        chunks: Iterator[Any] | None = None
+        while True:
+            with self._lock:
+                before, self._call_mask = self._call_mask, mask
+                try:
+                    chunks = iter(call()) if chunks is None else chunks
+                    chunk = self._complete(next(chunks))
+                except StopIteration:
+                    return
+                finally:
+                    self._call_mask = before
+            yield chunk
 
     def create_completion(self, prompt: str | list[int], *args: Any, **kwargs: Any) -> Any:
         """The parent's completion with a "first" entry.
 
-        ``mask`` or ``skip_layers`` forces this call's decision. Raises ValueError for an empty prompt, one that
-        exceeds n_ctx, and a mask of the wrong length.
+        ``mask`` or ``skip_layers`` forces this call's decision. ``logprobs`` need logits_all=True only together with
+        ``echo``. Raises ValueError for an empty prompt, one that exceeds n_ctx, and a mask of the wrong length.
         """
         if len(prompt) == 0:
             raise InputError("the prompt is empty: at least one token must decide")
@@ -392,9 +564,14 @@ class FirstLlama(llama_cpp.Llama):
         return self.create_completion(prompt, *args, **kwargs)
 
     def create_chat_completion(self, messages: list[Any], *args: Any, **kwargs: Any) -> Any:
-        """The parent's chat completion with a "first" entry; ``mask`` and ``skip_layers`` as in create_completion."""
+        """The parent's chat completion with a "first" entry; ``mask`` and ``skip_layers`` as in create_completion.
+
+        Raises ValueError also for a file without a chat template and where the template refuses the messages.
+        """
         if not messages:
             raise InputError("messages is empty: at least one message must decide")
+        if self.chat_handler is None and self.chat_format is None:
+            raise InputError(f"{self.model_path}: no chat template in this file; pass chat_format= or a plain prompt")
         mask = self._check_mask(kwargs.pop("mask", None), kwargs.pop("skip_layers", None))
         return self._answer(
             lambda: super(FirstLlama, self).create_chat_completion(messages, *args, **kwargs),
@@ -404,29 +581,62 @@ class FirstLlama(llama_cpp.Llama):
 
     def reset(self) -> None:
         """Forget the sequence and its mask."""
-        super().reset()
-        self._pending = None
+        with self._lock:
+            super().reset()
+            self._pending = None
+
+    def _file_id(self) -> str:
+        self._file = self._file or _fingerprint(self.model_path)
+        return self._file
 
     def save_state(self) -> Any:
-        """The parent's state; keys, values and mask are inside."""
-        state = super().save_state()
-        state.first = (self._live, self.routing)  # type: ignore[attr-defined]  # rides along when pickled
-        return state
+        """The parent's state; keys, values and mask are inside. It may be pickled, and loaded in another process."""
+        self._check_open()
+        with self._lock:
+            state = super().save_state()
+            state.input_ids = state.input_ids[: state.n_tokens]
+            # rides along when pickled
+            state.first = {  # type: ignore[attr-defined]
+                "version": STATE_VERSION,
+                "file": self._file_id(),
+                "live": self._live,
+                "routing": self.routing,
+            }
+            return state
 
     def load_state(self, state: Any) -> None:
-        """Restore keys, values and mask. Raises RuntimeError or ValueError if the state does not fit."""
-        if not hasattr(state, "first"):
+        """Restore keys, values and mask, also from a context of another size.
+
+        Raises ValueError, and leaves everything as it is, for a state of a plain llama_cpp.Llama, of another file or
+        of more tokens than the context holds; RuntimeError, with an empty sequence, for damaged data.
+        """
+        self._check_open()
+        first = getattr(state, "first", None)
+        if not isinstance(first, dict):
             raise InputError("the state was saved without layer masks, by a plain llama_cpp.Llama")
-        self._pending = None
-        try:
-            super().load_state(state)
-        except RuntimeError:
-            # Half a state may have been read: begin afresh.
-            self.reset()
-            self._ctx.kv_cache_clear()
-            self._live = _Live()
-            raise
-        self._live, self.routing = state.first
+        if first["version"] != STATE_VERSION:
+            raise InputError(f"the state has version {first['version']}, expected {STATE_VERSION}")
+        if first["file"] != self._file_id():
+            raise InputError(f"the state was saved with another model file than {self.model_path}")
+        if state.n_tokens > self._n_cells:
+            raise InputError(f"the state holds {state.n_tokens} tokens, the context {self._n_cells}")
+        with self._lock:
+            self._turn += 1
+            self._pending = None
+            size = len(state.llama_state)
+            blob = (ctypes.c_uint8 * size).from_buffer_copy(state.llama_state)
+            if llama_cpp.llama_state_set_data(self.ctx, blob, size) != size or state.llama_state_size != size:
+                # Half a state may have been read: begin afresh.
+                self.reset()
+                self._ctx.kv_cache_clear()
+                self._live = _Live()
+                raise RuntimeError("the state is damaged, or its cache has other types of keys and values")
+            self.input_ids[: state.n_tokens] = state.input_ids[: state.n_tokens]
+            if self._logits_all:
+                rows = state.scores[: state.n_tokens]
+                self.scores[: len(rows)] = rows
+            self.n_tokens, self._requires_eval, self._seed = state.n_tokens, True, state.seed
+            self._live, self.routing = first["live"], first["routing"]
 
     def calibration(self) -> tuple[np.ndarray, np.ndarray]:
         """(threshold, mean share of layers kept), float32 [n] each, as measured after training; empty if unknown."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -12,8 +11,7 @@ from pyfirst.chat import ChatTemplate
 from pyfirst.errors import InputError
 from pyfirst.info import info
 from pyfirst.llama import FirstLlama
-
-import llama_cpp  # isort: skip  (after pyfirst, which points it at our library)
+from pyfirst.text import TextStream
 
 CLOCK = "time.perf_counter around reading the prompt and around each later step; sampling included"
 
@@ -131,15 +129,8 @@ class Session:
         llm.set_seed(seed)
         llm.n_computed = 0
 
-        decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+        text = TextStream()
         pieces: list[str] = []
-
-        def emit(raw: bytes, final: bool = False) -> None:
-            piece = decoder.decode(raw, final)
-            if piece:
-                pieces.append(piece)
-                if on_text:
-                    on_text(piece)
 
         steps = llm.generate(tokens, temp=temp)
         n_generated, n_read, finish = 0, 0, "length"
@@ -149,13 +140,16 @@ class Session:
             token = next(steps)
             seconds.append(time.perf_counter() - start)
             n_read = n_read or llm.n_computed
-            if llama_cpp.llama_vocab_is_eog(llm._model.vocab, token):
+            if llm.is_eog(token):
                 finish = "stop"
                 break
             n_generated += 1
-            emit(llm.detokenize([token]))
+            piece, _ = text.feed(llm.detokenize([token]))
+            if piece:
+                pieces.append(piece)
+                if on_text:
+                    on_text(piece)
         steps.close()
-        emit(b"", final=True)
 
         routing = llm.routing
         assert routing is not None
