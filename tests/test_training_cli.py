@@ -70,7 +70,7 @@ def test_a_run_leaves_a_complete_recipe(folder, trained):
     results = config.training["held_back"]
     assert abs(results["skipped"] - 0.25) < 0.15
     assert {"base", "dense_lora", "routed", "tasks", "task_from_mask"} <= set(results)
-    assert [p["name"] for p in config.training["phases"]] == ["warm-up", "joint", "lora"]
+    assert [p["name"] for p in config.training["phases"]] == ["warm-up", "lora"]
     card = (trained / "README.md").read_text(encoding="utf-8")
     assert "CC0" in card
     assert str(folder.parent) not in card + (trained / "adapter_config.json").read_text(encoding="utf-8")
@@ -105,7 +105,7 @@ def test_same_seed_same_recipe(folder, data, trained, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (trained / name).read_bytes()
 
 
-@pytest.mark.parametrize(("name", "step"), [("warm-up", 1), ("joint", 1), ("lora", 2)])
+@pytest.mark.parametrize(("name", "step"), [("warm-up", 1), ("lora", 1), ("lora", 4)])
 def test_resumed_is_bit_equal(folder, data, trained, tmp_path, monkeypatch, name, step):
     """Interrupted right behind a checkpoint, within a phase or at its end, then resumed."""
     out = tmp_path / "out"
@@ -135,6 +135,34 @@ def test_routers_alone_then_lora_on_frozen_routers(folder, data, tmp_path):
     assert second.adapter_dir is not None
     assert np.array_equal(first.weight, second.weight)
     assert first.config.threshold == second.config.threshold
+
+
+def test_gates_learn_with_the_lora(folder, data, tmp_path, monkeypatch):
+    argv = ("--objective", "gates", "--save-steps", "1")
+    assert main(arguments(folder, data, tmp_path / "whole", *argv)) == 0
+    config = load_recipe(tmp_path / "whole").config
+    assert [p["name"] for p in config.training["phases"]] == ["warm-up", "joint", "lora"]
+    assert abs(config.training["held_back"]["skipped"] - 0.25) < 0.15
+
+    def stop(self, args, state, control, **kwargs):
+        if (self.trainer.phase.name, state.global_step) == ("joint", 1):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(phases.Watch, "on_save", stop)
+    assert main(arguments(folder, data, tmp_path / "cut", *argv)) == 130
+    monkeypatch.undo()
+    assert main([*arguments(folder, data, tmp_path / "cut", *argv), "--resume"]) == 0
+    for file in ("first_routers.safetensors", "adapter_model.safetensors"):
+        assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["greedy", "loo", "even", "random", "2"])
+def test_static_gives_every_prompt_the_same_mask(folder, data, tmp_path, kind):
+    assert main(arguments(folder, data, tmp_path / "out", "--static", kind)) == 0
+    recipe = load_recipe(tmp_path / "out")
+    assert recipe.config.training["held_back"]["masks"] == 1
+    assert recipe.config.training["held_back"]["skipped"] == 0.25
+    assert not recipe.weight.any()
 
 
 def test_the_papers_objective_and_bf16(folder, data, tmp_path):
@@ -212,6 +240,9 @@ def test_missed_budget_is_told(folder, data, tmp_path, capsys):
         (["--lr", "nan"], "--lr"),
         (["--lora-targets", "no_such_layer"], "no_such_layer"),
         (["--phase", "lora"], "--recipe"),
+        (["--static", "best"], "--static 'best'"),
+        (["--static", "3"], "layer 3"),
+        (["--static", "loo", "--objective", "paper"], "--objective search"),
         (["--max-length", "18"], "usable examples"),
         (["-m", "/no/such/dir"], "no such directory"),
         (["--data", "/no/such/file.jsonl"], "no such file"),

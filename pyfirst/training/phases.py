@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class Phase:
         dense: every layer runs.
         soft: the paper's token-level gates and loss.
         steer: the threshold follows the scores, which move with a LoRA even if the routers are frozen.
+        forced: every example gets the mask of its task.
     """
 
     name: str
@@ -47,12 +48,18 @@ class Phase:
     dense: bool = False
     soft: bool = False
     steer: bool = False
+    forced: bool = False
 
 
 def plan(phase: str, objective: str, steps: int) -> list[Phase]:
     """The phases of ``--phase`` and ``--objective``, at least one step each."""
     if phase == "lora":
         return [Phase("lora", steps, lora=True)]
+    if objective == "search":
+        warm = max(1, steps // 5)
+        phases = [Phase("warm-up", warm, lora=True, dense=True)]
+        phases.append(Phase("lora", max(1, steps - warm), lora=True, forced=True))
+        return [] if phase == "routers" else phases
     if objective == "paper":
         first = steps if phase == "routers" else max(1, steps // 2)
         routers = Phase("routers", first, routers=True, soft=True)
@@ -110,7 +117,8 @@ class PhaseTrainer(Trainer):
         if not self.phase.dense:
             keep = output["keep"][:, free]
             self.kept.append(float(keep.float().mean()))
-            self.scores.append(output["scores"][:, free].detach())
+            if not self.phase.forced:
+                self.scores.append(output["scores"][:, free].detach())
             self.masks.extend(map(tuple, output["keep"].tolist()))
             if self.phase.soft:
                 loss = paper_loss(loss, output["scores"][:, free], self.options.penalty)
@@ -177,7 +185,8 @@ class Watch(TrainerCallback):
             line = f"{phase.name} {state.global_step}/{phase.steps}  loss {loss:.3f}"
             if not phase.dense:
                 entry["threshold"] = round(float(first.threshold), 4)
-                line += f"  kept {share:.0%}  threshold {entry['threshold']:.3f}"
+                line += f"  kept {share:.0%}"
+                line += "" if phase.forced else f"  threshold {entry['threshold']:.3f}"
                 line += f"  masks {len(set(trainer.masks))} of {len(trainer.masks)}"
             self.log.append(entry)
             report.say(f"{line}  {time.monotonic() - self.started:.0f} s")
@@ -192,10 +201,12 @@ def run_phase(
     seed: int,
     prepare: Callable[[], None] | None,
     work: Path,
+    masks: Mapping[str, torch.Tensor],
 ) -> dict[str, Any]:
     """Train one phase in place; ``prepare`` runs before it, unless it resumes.
 
-    Finished phases and checkpoints lie under ``work``. ``target`` is the share of unprotected layers to keep.
+    Finished phases and checkpoints lie under ``work``. ``target`` is the share of unprotected layers to keep,
+    ``masks`` holds a mask bool [L] for each task if the phase is forced.
     Returns a record: name, steps, log lines, per-layer share kept near the end and warnings.
     """
     done = work / f"{phase.name}.safetensors"
@@ -213,6 +224,10 @@ def run_phase(
     model.gate = "soft" if phase.soft else "hard"
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(phase.routers if name.startswith("routers.") else phase.lora and "lora_" in name)
+
+    def collate_forced(chosen: Sequence[Example]) -> dict[str, torch.Tensor]:
+        return {**collate(chosen), "keep": torch.stack([masks[e.task] for e in chosen])}
+
     watch = Watch()
     trainer = PhaseTrainer(
         model,
@@ -242,7 +257,7 @@ def run_phase(
             seed=seed,
         ),
         train_dataset=list(examples),
-        data_collator=collate,
+        data_collator=collate_forced if phase.forced else collate,
         callbacks=[watch],
     )
     watch.trainer = trainer

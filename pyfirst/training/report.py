@@ -24,6 +24,7 @@ PRIVATE = (
     "force",
     "verbose",
     "resume",
+    "keep_checkpoints",
     "recipe",
     "save_steps",
     "note",

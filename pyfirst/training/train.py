@@ -21,6 +21,9 @@ from pyfirst.errors import InputError
 from pyfirst.metadata import NORMS, PREFILL_MODES
 from pyfirst.recipe import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, FirstConfig, load_recipe, save_recipe
 
+# Prompts a task that the routers are fitted to.
+FIT_EXAMPLES = 64
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of first-train."""
@@ -37,7 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--force", action="store_true", help="replace the recipe in --out")
     add("--phase", choices=("both", "routers", "lora"), default="both", help="what to train (default: both)")
     add("--recipe", metavar="DIR", help="with --phase lora: the recipe whose routers stay as they are")
-    add("--objective", choices=("default", "paper"), default="default", help="see docs/training.md")
+    add("--objective", choices=("search", "gates", "paper"), default="search", help="see docs/training.md")
+    static_help = "one mask for every prompt: greedy, loo, even, random or layer numbers (default: routing)"
+    add("--static", metavar="KIND", help=static_help)
     length = result.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="optimizer steps of all phases together (default: one epoch)")
     length.add_argument("--epochs", type=float, help="passes over the data of all phases together")
@@ -68,10 +73,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--penalty", type=float, default=0.01, help="lambda of --objective paper (default: 0.01)")
     add("--max-length", type=int, default=512, help="tokens an example; longer prompts are cut (default: 512)")
     add("--hold-back", type=int, default=32, help="examples a task kept from training (default: 32)")
-    add("--prior-examples", type=int, default=16, help="examples a task for leave-one-out (default: 16)")
+    add("--prior-examples", type=int, default=16, help="examples a task to try layers on (default: 16)")
     add("--seed", type=int, default=1, help="of data order and initial LoRA (default: 1)")
     add("--bf16", action="store_true", help="base model in bfloat16; routers stay float32")
     add("--save-steps", type=int, default=0, help="checkpoint every so many steps (default: each phase only)")
+    add("--keep-checkpoints", action="store_true", help="leave them in .NAME.work beside --out")
     add("--resume", action="store_true", help="go on from the checkpoints of an interrupted run")
     add("--base-name", help="name of the base model for the card (default: the directory's)")
     add("--base-license", default="", help="licence of the base model for the card, such as apache-2.0")
@@ -97,6 +103,8 @@ def check(args: argparse.Namespace) -> None:
         raise InputError(f"--target-skip is {args.target_skip}, expected a share from 0 to below 1, such as 0.25")
     if args.phase == "lora" and not args.recipe:
         raise InputError("--phase lora needs --recipe DIR, the recipe with the routers to keep")
+    if args.static and (args.objective != "search" or args.phase == "lora"):
+        raise InputError("--static needs --objective search, and --phase both or routers")
     out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not args.force:
         raise InputError(f"{out}: exists and is not empty; choose another --out or add --force")
@@ -146,12 +154,14 @@ def train(args: argparse.Namespace) -> Path:
     import torch
     import transformers
     from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file, save_file
 
     from pyfirst.training import report
     from pyfirst.training.data import hold_back, load_examples, read_rows
     from pyfirst.training.objectives import leave_one_out, start_from
     from pyfirst.training.phases import plan, run_phase
     from pyfirst.training.routers import FirstModel, Routers
+    from pyfirst.training.search import choose, fit_routers
 
     if not args.verbose:
         transformers.logging.set_verbosity_error()
@@ -235,16 +245,43 @@ def train(args: argparse.Namespace) -> Path:
     first_process = int(os.environ.get("RANK", "0")) == 0
     if first_process and not args.resume:
         shutil.rmtree(work, ignore_errors=True)
+    tasks = sorted({e.task for e in training})
+    found: dict[str, torch.Tensor] = {}
+
+    def choose_masks() -> None:
+        stored = work / "search.safetensors"
+        if args.resume and stored.is_file():
+            found.update(load_file(stored))
+        if found:
+            return
+        sample = hold_back(training, args.prior_examples, args.seed + 1)[1]
+        kind = f"--static {args.static}" if args.static else "a mask for each task"
+        report.say(f"{kind}, tried on {len(sample)} examples of {', '.join(tasks)}")
+        found.update(
+            choose(model, sample, tasks, args.static, args.target_skip, args.batch_size, args.seed, report.say)
+        )
+        if first_process:
+            work.mkdir(parents=True, exist_ok=True)
+            save_file(found, stored)
+
     history = []
     for number, phase in enumerate(plan(args.phase, args.objective, steps)):
+        if phase.forced:
+            choose_masks()
+        masks = dict(zip(tasks, found["masks"], strict=True)) if phase.forced else {}
         prepare = prior if phase.steer and phase.routers else None
-        history.append(run_phase(model, phase, training, args, target_keep, args.seed + number, prepare, work))
+        history.append(run_phase(model, phase, training, args, target_keep, args.seed + number, prepare, work, masks))
 
     with torch.no_grad():  # what is measured from here on is what is stored
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.copy_(parameter.half().to(parameter.dtype))
-    if args.objective != "paper" and args.phase != "lora":
+    if args.objective == "search" and args.phase != "lora":
+        choose_masks()
+        sample = hold_back(training, FIT_EXAMPLES, args.seed + 1)[1]
+        groups = torch.tensor([tasks.index(e.task) for e in sample])
+        fit_routers(model, sample, groups, found["masks"], found["targets"], args.batch_size)
+    elif args.objective == "gates" and args.phase != "lora":
         model.threshold.fill_(report.threshold_for(model, held, args.batch_size, args.target_skip))
     config.threshold = float(model.threshold)
     report.say(f"measuring on {len(held)} held-back examples")
@@ -266,7 +303,8 @@ def train(args: argparse.Namespace) -> Path:
     }
     if first_process:
         write(out, model, config, args)
-        shutil.rmtree(work, ignore_errors=True)
+        if not args.keep_checkpoints:
+            shutil.rmtree(work, ignore_errors=True)
     for warning in warnings:
         report.say(f"warning: {warning}")
     report.say(report.summary(results) + f"; wrote {out}")
