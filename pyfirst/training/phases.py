@@ -181,7 +181,9 @@ class Watch(TrainerCallback):
             share = sum(x for _, x in self.recent) / len(self.recent)
             share = 1 - (1 - share) * float((~first.protected).float().mean())
             self.recent.clear()
+            seconds = time.monotonic() - self.started
             entry = {"step": state.global_step, "loss": round(loss, 4), "kept": round(share, 4)}
+            entry["seconds"] = round(seconds, 1)
             line = f"{phase.name} {state.global_step}/{phase.steps}  loss {loss:.3f}"
             if not phase.dense:
                 entry["threshold"] = round(float(first.threshold), 4)
@@ -189,7 +191,7 @@ class Watch(TrainerCallback):
                 line += "" if phase.forced else f"  threshold {entry['threshold']:.3f}"
                 line += f"  masks {len(set(trainer.masks))} of {len(trainer.masks)}"
             self.log.append(entry)
-            report.say(f"{line}  {time.monotonic() - self.started:.0f} s")
+            report.say(f"{line}  {seconds:.0f} s")
 
 
 def run_phase(
