@@ -55,12 +55,15 @@ LORA = {
     "mixture of experts": ("qwen3moe", {"target_modules": ["q_proj", "k_proj"]}),
     "mixtral": ("mixtral", {"target_modules": ["q_proj", "v_proj"]}),
     "qwen2": ("qwen2", {"target_modules": ["q_proj", "k_proj"]}),
+    "some layers": ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [1, 2]}),
+    "all but": ("llama", {"exclude_modules": ["v_proj"]}),
+    "a regular expression": ("llama", {"target_modules": r".*layers\.[02]\..*q_proj"}),
 }
 
 
 def convert(model, out, lora=None, recipe=None, outtype="f32", **job):
     """The conversion process's job, run in this one; its answer."""
-    job = {"pre_tokenizer": None, "drop": [], "base_model": "", "recipe_name": "", "date": "", **job}
+    job = {"pre_tokenizer": None, "drop": [], "imatrix": None, "base_model": "", "recipe_name": "", "date": "", **job}
     paths = {
         "model": str(model),
         "outfile": str(out),
@@ -106,10 +109,13 @@ def test_architecture_without_an_output_tensor_refuses_an_untied_head(tiny_model
         convert(model, tmp_path / "out.gguf", lora=adapter)
 
 
-@pytest.mark.parametrize("heads, kv", [(4, 4), (4, 2), (4, 1), (8, 2)])
+@pytest.mark.parametrize("heads, kv", [(4, 4), (4, 2), (4, 1), (8, 2), (6, 2)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_row_permutation_of_grouped_queries(heads, kv, bias, tmp_path):
-    model = tiny.make("llama", tmp_path / "hf", num_attention_heads=heads, num_key_value_heads=kv, attention_bias=bias)
+    shape = {"num_attention_heads": heads, "num_key_value_heads": kv, "attention_bias": bias}
+    if tiny.WIDTH % heads:
+        shape["head_dim"] = 16
+    model = tiny.make("llama", tmp_path / "hf", **shape)
     adapter = tiny.adapter(model, tmp_path / "adapter", target_modules=["q_proj", "k_proj"])
     convert(model, tmp_path / "out.gguf", lora=adapter)
     ids = tiny.prompt()
@@ -192,12 +198,102 @@ def test_adapter_of_another_width_is_refused(tiny_model, tmp_path):
     assert "[4, 96]" in text and "[4, 64]" in text
 
 
-def test_extended_vocabulary_is_refused_with_both_sizes(tiny_model, tmp_path):
+def resized(model, out, rows, tokenizer=True, **lora):
+    """A LoRA trained on the model with embeddings for ``rows`` tokens; its folder and logits of some of them."""
+    import peft
+    from transformers import AutoTokenizer
+
+    net = tiny.load(model)
+    net.resize_token_embeddings(rows, mean_resizing=False)
+    net = peft.get_peft_model(net, peft.LoraConfig(r=4, task_type="CAUSAL_LM", **lora)).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    net.save_pretrained(out)
+    if tokenizer:
+        tokens = AutoTokenizer.from_pretrained(model)
+        tokens.add_tokens([f"<new{i}>" for i in range(rows - len(tokens))])
+        tokens.save_pretrained(out)
+    ids = [*tiny.prompt(), rows - 1, rows - 2]
+    with torch.no_grad():
+        return ids, net(input_ids=torch.tensor([ids]), use_cache=False).logits[0].numpy()
+
+
+GROWN = {
+    "saved embeddings and head": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "saved embeddings": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "embeddings beside the LoRA": {"target_modules": ["q_proj"]},
+    "LoRA on both": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+}
+
+
+@pytest.mark.parametrize("arch, rows", [("llama", 387), ("llama-tied", 387), ("llama", 380)])
+@pytest.mark.parametrize("name", GROWN)
+def test_vocabulary_of_the_adapter(name, arch, rows, tiny_model, tmp_path):
+    """Tokens added (or padding cut off) in fine-tuning: the adapter's embeddings and tokenizer count."""
+    from first_convert.upstream import gguf
+
+    model, _ = tiny_model(arch)
+    ids, truth = resized(model, tmp_path / "adapter", rows, **GROWN[name])
+    answer = convert(model, tmp_path / "out.gguf", lora=tmp_path / "adapter")
+    assert answer["lora"]["vocabulary"] == rows
+    got = gguf_logits(tmp_path / "out.gguf", ids)
+    assert got.shape == truth.shape and np.abs(got - truth).max() < 1e-4
+    tokens = gguf().GGUFReader(tmp_path / "out.gguf").fields["tokenizer.ggml.tokens"].contents()
+    assert tokens[-1] == f"<new{rows - 378}>"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "out.gguf"]
+
+
+def test_added_tokens_without_their_tokenizer_are_refused(tiny_model, tmp_path):
+    model, _ = tiny_model("llama")
+    resized(model, tmp_path / "adapter", 387, tokenizer=False, target_modules=["q_proj"])
+    with pytest.raises(InputError, match=r"387 tokens, the base model for 384; copy the tokenizer"):
+        convert(model, tmp_path / "out.gguf", lora=tmp_path / "adapter")
+
+
+def test_embeddings_of_another_size_than_the_head_are_refused(tiny_model, tmp_path):
+    model, _ = tiny_model("llama")
+    resized(model, tmp_path / "adapter", 387, target_modules=["q_proj"])
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors.pop("base_model.model.lm_head.weight")
+    save_file(tensors, path)
+    text = plan_error(model, tmp_path / "adapter")
+    assert "387 tokens, the base model has 384" in text and "lm_head.weight" in text
+
+
+def test_lora_on_embeddings_of_another_vocabulary_is_refused_with_both_sizes(tiny_model, tmp_path):
     model, _ = tiny_model("llama")
     other = tiny.make("llama", tmp_path / "other", vocab_size=tiny.VOCAB + 3)
     adapter = tiny.adapter(other, tmp_path / "adapter", target_modules=["embed_tokens"])
+    path = adapter / "adapter_model.safetensors"
+    save_file({key: tensor for key, tensor in load_file(path).items() if "lora_" in key}, path)
     text = plan_error(model, adapter)
     assert "387" in text and "384" in text
+
+
+def test_saved_copy_that_differs_is_refused(tiny_model, tmp_path):
+    """PEFT writes a saved module twice when the vocabulary grew; two values for one tensor are a contradiction."""
+    model, _ = tiny_model("llama")
+    resized(model, tmp_path / "adapter", 387, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = "base_model.model.lm_head.modules_to_save.weight"
+    tensors[key] = tensors[key] + 1
+    save_file(tensors, path)
+    assert key in plan_error(model, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("kind", ["SEQ_CLS", "TOKEN_CLS"])
+def test_classification_head_is_refused_by_name(kind, tiny_model, tmp_path):
+    model, _ = tiny_model("llama")
+    adapter = tiny.adapter(model, tmp_path / "adapter", target_modules=["q_proj"])
+    edit(adapter, task_type=kind, modules_to_save=["score"])
+    path = adapter / "adapter_model.safetensors"
+    save_file({**load_file(path), "base_model.model.score.weight": torch.ones(2, 64)}, path)
+    assert "score.weight" in plan_error(model, adapter)
 
 
 def edit(adapter, **changes):

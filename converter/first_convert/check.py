@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from first_convert import pack
+from first_convert.progress import bar
 from first_convert.upstream import gguf, native
 from pyfirst.errors import InputError
 
@@ -39,15 +40,17 @@ def finite(path: Path) -> None:
     import numpy as np
 
     layouts = {"F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80), "F32": (np.uint32, 0x7F800000)}
-    for tensor in pack.open_gguf(path).tensors:
-        if tensor.kind not in layouts:
-            continue
-        dtype, exponent = layouts[tensor.kind]
-        words = np.memmap(path, dtype, "r", tensor.start, (tensor.elements,))
-        for start in range(0, words.size, 1 << 22):
-            if ((words[start : start + (1 << 22)] & exponent) == exponent).any():
-                hint = "; a value is beyond 65504, use bf16 or f32" if tensor.kind == "F16" else ""
-                raise InputError(f"tensor '{tensor.name}' holds NaN or infinity as {tensor.kind}{hint}")
+    tensors = [tensor for tensor in pack.open_gguf(path).tensors if tensor.kind in layouts]
+    with bar("Checking", sum(tensor.size for tensor in tensors)) as progress:
+        for tensor in tensors:
+            dtype, exponent = layouts[tensor.kind]
+            words = np.memmap(path, dtype, "r", tensor.start, (tensor.elements,))
+            for start in range(0, words.size, 1 << 22):
+                part = words[start : start + (1 << 22)]
+                if ((part & exponent) == exponent).any():
+                    hint = "; a value is beyond 65504, use bf16 or f32" if tensor.kind == "F16" else ""
+                    raise InputError(f"tensor '{tensor.name}' holds NaN or infinity as {tensor.kind}{hint}")
+                progress.update(part.nbytes)
 
 
 @_silent()

@@ -13,7 +13,8 @@ from typing import Any
 from pyfirst.errors import InputError
 from pyfirst.recipe import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
-BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
+BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+TOKENIZER = re.compile(r"tok|vocab|merges|spiece|sentencepiece|tekken", re.IGNORECASE)
 # Heads and embeddings by the names that transformers' models use.
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
@@ -67,7 +68,11 @@ def safetensors_header(path: Path) -> dict[str, Tensor]:
         tensors = {}
         for name, entry in header.items():
             first, last = entry["data_offsets"]
-            tensors[name] = Tensor(entry["dtype"], entry["shape"], path, 8 + length + first, last - first)
+            tensor = Tensor(entry["dtype"], entry["shape"], path, 8 + length + first, last - first)
+            wide = BYTES.get(tensor.dtype)
+            if first < 0 or (wide is not None and tensor.size != wide * tensor.count):
+                raise InputError(f"{path}: '{name}' is {tensor.size} bytes, not {tensor.dtype} {tensor.shape}")
+            tensors[name] = tensor
     except FileNotFoundError:
         raise InputError(f"{path}: not found, the checkpoint is not complete; download it again") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -111,9 +116,11 @@ class Checkpoint:
         index_path = self.path / "model.safetensors.index.json"
         if index_path.is_file():
             weight_map = read_json(index_path).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise InputError(f"{index_path}: no 'weight_map'; download the checkpoint again")
-            shards = {name: safetensors_header(self.path / name) for name in sorted(set(weight_map.values()))}
+            weight_map = weight_map if isinstance(weight_map, dict) else {}
+            names = list(weight_map.values())
+            if not names or not all(isinstance(name, str) for name in names):
+                raise InputError(f"{index_path}: no 'weight_map' of file names; download the checkpoint again")
+            shards = {name: safetensors_header(self.path / name) for name in sorted(set(names))}
             for tensor, shard in weight_map.items():
                 if tensor not in shards[shard]:
                     raise InputError(f"{self.path / shard}: lacks '{tensor}', which {index_path.name} lists")
@@ -164,10 +171,30 @@ class Checkpoint:
             return sum(t.count for t in self.tensors.values())
         return sum(p.stat().st_size for p in self.path.glob("pytorch_model*.bin")) // 2
 
+    @property
+    def embedding(self) -> Tensor | None:
+        """The input embeddings, None where they go by a name that is not known here."""
+        return next((tensor for name, tensor in self.tensors.items() if EMBEDDING.search(name)), None)
+
     def native_type(self) -> str:
         """The narrowest of f16, bf16 and f32 that holds every tensor without loss."""
         kinds = {t.dtype for t in self.tensors.values() if len(t.shape) > 1}
         return {frozenset(["F16"]): "f16", frozenset(["BF16"]): "bf16"}.get(frozenset(kinds), "f32")
+
+    def check_complete(self) -> None:
+        """Raise InputError where the tokenizer, or the output matrix of a model that is not tied, is missing."""
+        if not any(TOKENIZER.search(path.name) for path in self.path.iterdir()):
+            raise InputError(f"{self.path}: no tokenizer (tokenizer.json, tokenizer.model, ...); download it again")
+        # llama.cpp would take the embeddings for the output matrix, and say nothing.
+        embedding = self.embedding
+        if self.text_config.get("tie_word_embeddings") is not False or embedding is None:
+            return
+        kind = " ".join(self.config.get("architectures") or [])
+        if "CausalLM" in kind and [t.shape for t in self.tensors.values()].count(embedding.shape) == 1:
+            raise InputError(
+                f"{self.path}: tie_word_embeddings is false, but no output matrix (lm_head.weight) is in the files; "
+                "download it again, or set tie_word_embeddings to true"
+            )
 
     def tied_copy(self) -> str | None:
         """Name of an output matrix that is stored although tied, None without one.
@@ -191,7 +218,7 @@ class Checkpoint:
 def local_folder(name: str | Path, *, weights: bool) -> Path:
     """A folder as it is, or the local copy of a Hub repository "owner/name", fetched when needed.
 
-    ``weights``: a model, of which only config, tokenizer, card and weights are fetched; else a whole recipe.
+    ``weights``: a model, of which only config, tokenizer, card and weights are fetched; else a recipe or an adapter.
     A folder that exists never touches the network. Raises InputError.
     """
     path = Path(name)
@@ -201,7 +228,10 @@ def local_folder(name: str | Path, *, weights: bool) -> Path:
 
     patterns = ["*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "*.safetensors"]
     try:
-        return Path(snapshot_download(str(name), allow_patterns=patterns if weights else None))
+        folder = Path(snapshot_download(str(name), allow_patterns=patterns if weights else None))
+        if weights and not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(str(name), allow_patterns=[*patterns, "pytorch_model*.bin"]))
+        return folder
     except Exception as error:  # the Hub's client has a dozen kinds, down to the HTTP library's own
         reason = " ".join(str(error).split())
         raise InputError(f"{name}: no such folder, and not from the Hugging Face Hub ({reason[:200]})") from None

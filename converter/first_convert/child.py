@@ -1,15 +1,17 @@
 """The conversion process: upstream's converter, with the LoRA merged on the fly and the routers added.
 
-Run as ``python -m first_convert.child JOB.json`` by convert.py, so that its memory goes when it ends.
+A job of worker.py, so that its memory goes when it ends.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import gc
 import logging
-import sys
-from concurrent.futures import ThreadPoolExecutor
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,8 @@ PROBES = (
 )
 
 
-def _probe(model_dir: str) -> list[tuple[str, list[int]]]:
-    """Strings and their token ids by transformers, added tokens among them; none when it has no tokenizer."""
+def _probe(model_dir: str) -> list[tuple[str, list[int]]] | None:
+    """Strings and their token ids by transformers, added tokens among them; None when it cannot read the tokenizer."""
     from transformers import AutoTokenizer
 
     try:
@@ -43,7 +45,30 @@ def _probe(model_dir: str) -> list[tuple[str, list[int]]]:
         texts = [*PROBES, *(f"a{token}b" for token in added)]
         return [(text, tokenizer.encode(text, add_special_tokens=False)) for text in texts]
     except Exception:
-        return []  # upstream reads some tokenizers that transformers does not
+        return None  # upstream reads some tokenizers that transformers does not
+
+
+@contextlib.contextmanager
+def _tokenizer_of(lora: Path, checkpoint: Checkpoint, vocabulary: int, outfile: str) -> Iterator[Path]:
+    """A folder with the model's configuration and the tokenizer that a LoRA's embeddings were trained with.
+
+    Raises InputError when embeddings grew and no tokenizer lies beside the adapter.
+    """
+    files = [path for path in lora.iterdir() if provenance.is_tokenizer(path.name)]
+    if not any(path.name.startswith(("tokenizer.", "vocab.")) for path in files):
+        if vocabulary > checkpoint.number("vocab_size"):
+            raise InputError(
+                f"{lora}: the adapter has embeddings for {vocabulary} tokens, the base model for "
+                f"{checkpoint.number('vocab_size')}; copy the tokenizer it was trained with to the adapter's folder"
+            )
+        yield checkpoint.path
+        return
+    with tempfile.TemporaryDirectory(dir=Path(outfile).parent) as parent:
+        folder = Path(parent) / checkpoint.path.resolve().name
+        folder.mkdir()
+        for path in (*checkpoint.path.glob("*config.json"), *files):
+            shutil.copyfile(path, folder / path.name)
+        yield folder
 
 
 def _checksums(checkpoint: Checkpoint, job: dict[str, Any]) -> list[provenance.Source]:
@@ -53,20 +78,31 @@ def _checksums(checkpoint: Checkpoint, job: dict[str, Any]) -> list[provenance.S
         found += provenance.sources("recipe", provenance.recipe_files(job["recipe"]))
     if job["lora"]:
         found += provenance.sources("adapter", provenance.adapter_files(job["lora"]))
+    if job["imatrix"]:
+        found += provenance.sources("imatrix", [Path(job["imatrix"])])
     return found
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """The conversion process: one checkpoint to GGUF, merged and with routers.
 
-    ``job``: model, outfile, outtype, pre_tokenizer, recipe, lora, drop (tensor names), base_model, recipe_name, date.
-    Returns {"lora": counts or None, "pre_tokenizer": name found by its rules or None, "probes": [...]}.
+    ``job``: model, outfile, outtype, pre_tokenizer, recipe, lora, drop (tensor names), imatrix, base_model,
+    recipe_name, date.
+    Returns {"lora": counts or None, "pre_tokenizer": name found by its rules or None, "probes": list or None}.
     """
     checkpoint = Checkpoint(job["model"])
     recipe = load_recipe(job["recipe"]) if job["recipe"] else None
-    # A second core reads and hashes while this one imports and plans.
-    checksums = ThreadPoolExecutor(1).submit(_checksums, checkpoint, job) if recipe or job["lora"] else None
+    # A second core reads and hashes while this one imports and plans, and tokenizes while it writes.
+    second = ThreadPoolExecutor(1)
+    checksums = second.submit(_checksums, checkpoint, job) if recipe or job["lora"] else None
     plan = merge.plan(checkpoint, job["lora"]) if job["lora"] else None
+    undo = contextlib.ExitStack()
+    tokens = Path(job["model"])
+    if plan is not None and plan.vocabulary:
+        tokens = undo.enter_context(_tokenizer_of(Path(job["lora"]), checkpoint, plan.vocabulary, job["outfile"]))
+    if not gc.isenabled():  # as in worker.py; from here on there are large things to collect
+        gc.freeze()
+        gc.enable()
     reached: set[str] = set()
     by_rules.clear()
 
@@ -98,9 +134,11 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
 
         def load_hparams(*args: Any, **kwargs: Any) -> Any:
             config = load(*args, **kwargs)
-            if plan is not None and plan.untied:
-                for part in (config, config.get("text_config") or {}):
+            for part in (config, config.get("text_config") or {}):
+                if plan is not None and plan.untied:
                     part["tie_word_embeddings"] = False
+                if plan is not None and plan.vocabulary and "vocab_size" in part:
+                    part["vocab_size"] = plan.vocabulary
             return config
 
         def prepare_metadata(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -114,6 +152,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
                 return result
 
             lib.Metadata.load = staticmethod(described)
+            self.dir_model = tokens
             try:
                 metadata(self, *args, **kwargs)
             finally:
@@ -124,6 +163,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
                 base_model = (recipe.config.base_model if recipe else "") or job["base_model"]
                 found += provenance.entries(checksums.result(), job["recipe_name"], base_model, job["date"])
                 pack.add(self.gguf_writer, found)
+            probes.append(second.submit(_probe, str(tokens)))
 
         undo.callback(setattr, base.ModelBase, "index_tensors", index)
         undo.callback(setattr, base.ModelBase, "load_hparams", staticmethod(load))
@@ -132,7 +172,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         base.ModelBase.load_hparams = staticmethod(load_hparams)
         base.ModelBase.prepare_metadata = prepare_metadata
 
-    undo = contextlib.ExitStack()
+    probes: list[Future[list[tuple[str, list[int]]] | None]] = []
     errors: list[str] = []
 
     class Keep(logging.Handler):
@@ -167,24 +207,5 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     return {
         "lora": merge.summary(plan),
         "pre_tokenizer": by_rules[-1] if by_rules else None,
-        "probes": _probe(job["model"]),
+        "probes": probes[-1].result(),
     }
-
-
-def main() -> int:
-    """Run one job from a JSON file; its answer, or {"error": line}, goes to the file under "result"."""
-    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    logging.basicConfig(level=logging.INFO if job["verbose"] else logging.CRITICAL)
-    try:
-        answer = run_job(job)
-    except Exception as error:
-        if job["verbose"]:
-            logging.exception("conversion failed")
-        text = " ".join(str(error).split()) or type(error).__name__
-        answer = {"error": text, "expected": isinstance(error, (ValueError, OSError, ImportError))}
-    Path(job["result"]).write_text(json.dumps(answer), encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

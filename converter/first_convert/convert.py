@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import glob
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ from pyfirst.cli import common
 from pyfirst.errors import InputError
 from pyfirst.recipe import ADAPTER_CONFIG_NAME, Recipe, load_recipe
 
-BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5}
+BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "mxfp4_moe": 8.5}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,7 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--first", metavar="RECIPE_DIR", help="recipe of first-train (routers, LoRA), folder or Hub name"
     )
-    parser.add_argument("--lora", metavar="ADAPTER_DIR", help="PEFT LoRA to merge, when the recipe has none")
+    parser.add_argument(
+        "--lora", metavar="ADAPTER_DIR", help="PEFT LoRA to merge, when the recipe has none; folder or Hub name"
+    )
     parser.add_argument("--base-gguf", metavar="FILE", help="pack the routers into this GGUF, tensors untouched")
     parser.add_argument("--strip", metavar="FILE", help="remove the routers from this GGUF, tensors untouched")
     parser.add_argument("--outfile", metavar="FILE", help="GGUF to write")
@@ -73,8 +76,11 @@ def _utf8(path: str | Path | None) -> str | None:
     return None if path is None else os.fsencode(os.path.abspath(path)).decode("utf-8", "surrogateescape")
 
 
+_KEYS = 16 << 20  # more than vocabulary and routers take
+
+
 def _child(module: str, job: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Run ``python -m module job.json`` and return its answer. Raises InputError with the child's line."""
+    """Run the module's job in a process of its own and return its answer. Raises InputError with the child's line."""
     request, result = folder / "job.json", folder / "result.json"
     result.unlink(missing_ok=True)
     request.write_text(json.dumps({**job, "result": _utf8(result)}), encoding="utf-8")
@@ -83,7 +89,7 @@ def _child(module: str, job: dict[str, Any], folder: Path) -> dict[str, Any]:
         "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
         "PYTHONUTF8": "1",  # upstream reads and prints with the locale's encoding
         "OMP_NUM_THREADS": "1",  # merges are many and small: waking threads costs 20 times the work
-        "MALLOC_MMAP_THRESHOLD_": str(1 << 20),  # else glibc keeps every freed matrix below 32 MB
+        "MALLOC_MMAP_THRESHOLD_": str(8 << 20),  # else glibc keeps every freed matrix below 32 MB
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -93,15 +99,15 @@ def _child(module: str, job: dict[str, Any], folder: Path) -> dict[str, Any]:
         environment["TQDM_DISABLE"] = "1"
     if not job.get("verbose"):
         environment["PYTHONWARNINGS"] = "ignore"
-    command = [sys.executable, "-m", module, str(request)]
-    # stdout carries our result only. Ctrl-C reaches us alone, and we end the child.
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
-    try:
-        process.wait()
-    finally:
-        if process.poll() is None:
-            process.kill()
+    command = [sys.executable, "-m", "first_convert.worker", module, str(request)]
+    # stdout carries our result only. Ctrl-C reaches us alone, and we end the child; if we are killed, it sees the end
+    # of its input.
+    pipe, null = subprocess.PIPE, subprocess.DEVNULL
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=null, start_new_session=True) as process:
+        try:
             process.wait()
+        finally:
+            process.kill()
     if not result.is_file():
         code = process.returncode
         reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
@@ -116,11 +122,14 @@ def _child(module: str, job: dict[str, Any], folder: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def _workspace(outfile: Path) -> Iterator[Path]:
     """A hidden folder beside ``outfile``, gone at the end whatever happens; those of dead runs go too."""
-    for old in outfile.parent.glob(f".{outfile.name}.*.first"):
+    for old in outfile.parent.glob(f".{glob.escape(outfile.name)}.*.first"):
         pid = old.name.split(".")[-3]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc").exists():
             shutil.rmtree(old, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{outfile.name}.{os.getpid()}.", suffix=".first", dir=outfile.parent))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{outfile.name}.{os.getpid()}.", suffix=".first", dir=outfile.parent))
+    except OSError as error:
+        raise InputError(f"{outfile.parent}: cannot write there ({error.strerror}); choose another folder") from None
     try:
         yield folder
     finally:
@@ -148,6 +157,14 @@ def _check_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
     ):
         if found != wanted:
             raise InputError(f"{path}: the model is {found} {what}, the recipe was trained for {wanted}")
+
+
+def _bits(checkpoint: Checkpoint, kind: str) -> float:
+    """Bits per weight that a file of this type needs at most, wider types for odd rows included."""
+    rows = [tensor.shape[-1] for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1]
+    if kind in quantize.PLAIN or all(row % 256 == 0 for row in rows):
+        return BITS.get(kind, 6.6)
+    return 8.5 if all(row % 32 == 0 for row in rows) else 16.0
 
 
 def _lora_dir(recipe: Recipe | None, lora: str | Path | None) -> Path | None:
@@ -205,6 +222,8 @@ def convert(
         raise InputError(f"--threads is {threads}, expected a positive number, or 0 for all cores")
     if outfile.is_dir():
         raise InputError(f"{outfile}: a directory, expected a file name")
+    if outfile.exists() and not outfile.is_file():
+        raise InputError(f"{outfile}: not a regular file, expected the name of one to write")
     if not outfile.absolute().parent.is_dir():
         raise InputError(f"{outfile.absolute().parent}: no such directory, so {outfile.name} cannot be written there")
     if outfile.exists() and not force:
@@ -226,7 +245,7 @@ def convert(
         return _from_gguf(Path(source), outfile, recipe, write, allow_dense, dry_run, started)
 
     checkpoint = Checkpoint(local_folder(model_dir or "", weights=True))
-    adapter = _lora_dir(recipe, lora)
+    adapter = _lora_dir(recipe, None if lora is None else local_folder(lora, weights=False))
     if recipe is not None:
         _check_recipe(checkpoint, recipe)
     if checkpoint.quantization and (adapter or checkpoint.quantization in ("bitsandbytes", "awq", "hqq", "eetq")):
@@ -235,12 +254,16 @@ def convert(
         )
     if imatrix is not None:
         quantize.load_imatrix(imatrix)
+    checkpoint.check_complete()
     duplicate = checkpoint.tied_copy()
     # Merged weights stay float32 up to the quantizer; plain ones go through the type they have.
     direct = kind in quantize.PLAIN
     middle = kind if direct else ("f32" if adapter else checkpoint.native_type())
     count = checkpoint.element_count
-    needed = int(count * BITS.get(kind, 6.6) / 8) + (0 if direct else int(count * BITS[middle] / 8)) + (16 << 20)
+    if adapter and checkpoint.embedding:
+        count += checkpoint.embedding.count  # it may untie them
+    output = int(count * _bits(checkpoint, kind) / 8) + _KEYS
+    needed = output + (0 if direct else int(count * BITS[middle] / 8) + _KEYS)
     free = shutil.disk_usage(outfile.parent).free
     plan: dict[str, Any] = {
         "model": str(checkpoint.path),
@@ -249,6 +272,7 @@ def convert(
         "weights": count,
         "outtype": kind,
         "intermediate": None if direct else middle,
+        "output_at_most": output,
         "disk_needed": needed,
         "disk_free": free,
     }
@@ -274,6 +298,7 @@ def convert(
                 "recipe": _utf8(first),
                 "lora": _utf8(adapter),
                 "drop": [duplicate] if duplicate else [],
+                "imatrix": _utf8(imatrix),
                 "base_model": _base_model(adapter),
                 "recipe_name": name,
                 "date": created,
@@ -305,12 +330,15 @@ def convert(
         if fallbacks:
             kinds = sorted({f"{entry['wanted']} -> {entry['got']}" for entry in fallbacks})
             _say(f"{len(fallbacks)} tensors too narrow for {kind}: {', '.join(kinds)}, {_size(cost)} more")
-        wrong = check.loads(result, answer["probes"])
+        probes = answer["probes"]
+        if probes is None:
+            _say("warning: transformers cannot read the tokenizer, so nothing checks llama.cpp's against it")
+        wrong = check.loads(result, probes or ())
         if wrong and (pre_tokenizer or answer["pre_tokenizer"]):
             name = pre_tokenizer or answer["pre_tokenizer"]
             raise InputError(f"{checkpoint.path}: as '{name}', llama.cpp cuts {wrong[0]!r} into other tokens")
         if wrong:
-            _say(f"warning: llama.cpp cuts {len(wrong)} of {len(answer['probes'])} strings into other tokens")
+            _say(f"warning: llama.cpp cuts {len(wrong)} of {len(probes)} strings into other tokens")
         if recipe is not None and (reason := check.routes(result)):
             if not allow_dense:
                 raise InputError(f"{reason}; --allow-dense writes a file that runs all layers")
@@ -351,11 +379,12 @@ def _from_gguf(
     if recipe is not None:
         pack.check_lora(recipe)
         pack.check_shape(reader, source, recipe)
-    needed, free = source.stat().st_size + (16 << 20), shutil.disk_usage(outfile.parent).free
+    needed, free = source.stat().st_size + _KEYS, shutil.disk_usage(outfile.parent).free
     if needed > free:
         raise OSError(f"{outfile.parent}: {_size(needed)} needed, {_size(free)} free")
     if dry_run:
-        return {"base_gguf": str(source), "disk_needed": needed, "disk_free": free}
+        plan = {"base_gguf": str(source), "recipe": recipe is not None, "output_at_most": needed}
+        return {**plan, "disk_needed": needed, "disk_free": free}
     with _workspace(outfile) as folder:
         result = folder / "model.gguf"
         answer = write(source, result)
@@ -388,7 +417,7 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
         print(json.dumps(result))
     elif args.dry_run:
         for name, item in result.items():
-            print(f"{name}: {_size(item) if name.startswith('disk') else item}")
+            print(f"{name}: {_size(item) if name.startswith(('disk', 'output')) else item}")
     else:
         lora = result.get("lora")
         merged = f", {lora['pairs_used']} LoRA pairs merged into {lora['modules']} tensors" if lora else ""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from first_convert.progress import bar
 from first_convert.upstream import gguf
 from pyfirst.errors import InputError
 
@@ -211,9 +212,10 @@ def rewrite(source: Gguf, out: str | Path, added: Sequence[Entry], keep: Callabl
         file.writelines(pairs)
         file.write(source.data[source.tensors_start : source.tensors_end])
         file.write(bytes(-file.tell() % source.alignment))
-        with source.path.open("rb") as data:
+        with source.path.open("rb") as data, bar("Copying", source.size - source.data_start) as progress:
             data.seek(source.data_start)
             while chunk := data.read(1 << 24):
                 file.write(chunk)
+                progress.update(len(chunk))
         file.flush()
         os.fsync(file.fileno())

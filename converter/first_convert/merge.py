@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from first_convert.checkpoint import Checkpoint, read_json, safetensors_header
+from first_convert.checkpoint import EMBEDDING, HEAD, Checkpoint, read_json, safetensors_header
 from pyfirst.errors import InputError
 from pyfirst.recipe import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 
@@ -56,6 +56,7 @@ class Merge:
         modules: name of a changed tensor in the checkpoint -> (shape, function from a reader of base tensors
             to the merged float32 tensor). Has tensors that the checkpoint lacks when a tied head is untied.
         untied: whether the output matrix was tied and now differs from the embeddings.
+        vocabulary: rows of the embeddings that the adapter brings, None where the base has as many.
     """
 
     config: dict[str, Any]
@@ -63,6 +64,7 @@ class Merge:
     saved: list[str] = field(default_factory=list)
     modules: dict[str, tuple[tuple[int, ...], Callable[[Read], torch.Tensor]]] = field(default_factory=dict)
     untied: bool = False
+    vocabulary: int | None = None
 
 
 def check_config(directory: Path) -> dict[str, Any]:
@@ -122,12 +124,27 @@ def load_adapter(directory: Path) -> dict[str, torch.Tensor]:
     return {key: tensors[key].float() for key in sorted(tensors)}
 
 
-def meta_model(checkpoint: Checkpoint) -> nn.Module:
-    """The checkpoint's model on the meta device, without weights. Raises InputError."""
+def _vocabulary(found: dict[str, torch.Tensor], checkpoint: Checkpoint) -> int | None:
+    """Rows of the embeddings or the head that an adapter holds whole, where the base has another number."""
+    base = checkpoint.embedding
+    for key, tensor in found.items():
+        name = re.sub(r"\.(base_layer|modules_to_save|original_module)\.", ".", key)
+        if (HEAD.search(name) or EMBEDDING.search(name)) and base is not None and tensor.shape[0] != base.shape[0]:
+            return int(tensor.shape[0])
+    return None
+
+
+def meta_model(checkpoint: Checkpoint, vocabulary: int | None = None) -> nn.Module:
+    """The checkpoint's model on the meta device, without weights. Raises InputError.
+
+    ``vocabulary``: number of tokens, where it is not the configuration's.
+    """
     import transformers
 
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+        if vocabulary is not None:
+            config.get_text_config().vocab_size = vocabulary
         name = (config.architectures or [""])[0]
         cls = getattr(transformers, name, transformers.AutoModelForCausalLM)
         build = getattr(cls, "_from_config", None) or cls.from_config
@@ -152,6 +169,13 @@ def _match(
 
     ``base``: parameter name with the wrapper's ``base_layer`` in it -> plain name.
     """
+    # With a vocabulary that grew, PEFT writes saved modules twice.
+    twice = {key: key.replace(".modules_to_save.", ".") for key in found if ".modules_to_save." in key}
+    found = {
+        key: tensor
+        for key, tensor in found.items()
+        if key not in twice or twice[key] not in found or not torch.equal(tensor, found[twice[key]])
+    }
     by_canonical = {_canonical(key): key for key in expected}
     base_by_canonical = {_canonical(key): name for key, name in base.items()}
     adapter: dict[str, torch.Tensor] = {}
@@ -228,7 +252,8 @@ def plan(checkpoint: Checkpoint, directory: str | Path) -> Merge:
     settings |= {"init_lora_weights": True, "inference_mode": True, "lora_dropout": 0.0, "bias": "none"}
     settings.pop("peft_type")
     found = load_adapter(directory)
-    model: Any = meta_model(checkpoint)
+    vocabulary = _vocabulary(found, checkpoint)
+    model: Any = meta_model(checkpoint, vocabulary)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
     embedding_name, head_name = names[id(embedding)] + ".weight", names.get(id(head), "") + ".weight"
@@ -261,10 +286,7 @@ def plan(checkpoint: Checkpoint, directory: str | Path) -> Merge:
         adapter, whole = _match(found, expected, plain, path)
         for name, tensor in whole.items():
             if tensor.shape != shapes[name]:
-                raise InputError(
-                    f"{path}: '{name}' is {list(tensor.shape)}, the model's is {list(shapes[name])}; was the "
-                    "vocabulary extended? resize and save the base model first"
-                )
+                raise InputError(f"{path}: '{name}' is {list(tensor.shape)}, the model's is {list(shapes[name])}")
         tuners: dict[str, Any] = {
             n: module for n, module in inner.named_modules() if isinstance(module, BaseTunerLayer)
         }
@@ -285,7 +307,8 @@ def plan(checkpoint: Checkpoint, directory: str | Path) -> Merge:
     if result.unexpected_keys:
         raise InputError(f"{path}: PEFT did not use {', '.join(result.unexpected_keys[:4])}")
 
-    merge = Merge(raw, sum("lora_A" in key or "lora_embedding_A" in key for key in adapter))
+    pairs = sum("lora_A" in key or "lora_embedding_A" in key for key in adapter)
+    merge = Merge(raw, pairs, vocabulary=vocabulary)
 
     def stored(name: str) -> str:
         """Where the base tensor of a parameter is; a tied head's is the embeddings."""
@@ -298,8 +321,9 @@ def plan(checkpoint: Checkpoint, directory: str | Path) -> Merge:
 
     def reader(name: str) -> Callable[[Read], torch.Tensor]:
         """A copy of a parameter's base values, float32; the adapter's own where it brings one."""
-        if name in whole:
-            return functools.partial(_copy, whole[name])
+        for brought in (name, embedding_name if tied and name == head_name else name):
+            if brought in whole:
+                return functools.partial(_copy, whole[brought])
         source = stored(name)
         return lambda read: read(source).float()
 
@@ -309,9 +333,13 @@ def plan(checkpoint: Checkpoint, directory: str | Path) -> Merge:
             stored(name)
         merge.modules[target or name] = (tuple(shape), compute)
 
+    if tied and torch.equal(whole.get(head_name, torch.empty(0)), whole.get(embedding_name, torch.empty(1))):
+        whole.pop(head_name)  # one matrix, written twice
     for name, tensor in whole.items():
         put(name, tensor.shape, reader(name))
         merge.saved.append(name)
+    # Embeddings that come whole serve a tied head too, unless an adapter is on top of either.
+    untouched = {name: entry for name, entry in merge.modules.items() if name != head_name}
     for name, module in inner.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             for parameter, tensor in module.modules_to_save["default"].named_parameters():
@@ -346,22 +374,31 @@ def plan(checkpoint: Checkpoint, directory: str | Path) -> Merge:
         if has_bias and raw.get("lora_bias"):
             shape = tuple(shapes[f"{name}.bias"])
             put(f"{name}.bias", shape, functools.partial(compute, part="bias"))
-    changed = {head_name, _stored_name(embedding_name, checkpoint, model)} & set(merge.modules)
-    if tied and changed and not followers:
+    touched = {name for name, entry in merge.modules.items() if entry is not untouched.get(name)}
+    if tied and touched & {head_name, _stored_name(embedding_name, checkpoint, model)} and not followers:
         merge.untied = head_name not in checkpoint.tensors
         if head_name not in merge.modules:
             put(head_name, tuple(shapes[embedding_name]), reader(head_name))
+    if vocabulary is not None:
+        for name in {embedding_name, embedding_name if tied and not merge.untied else head_name} & set(shapes):
+            if _stored_name(name, checkpoint, model) not in merge.modules and name not in merge.modules:
+                base = checkpoint.tensors[stored(name)].shape[0]
+                raise InputError(
+                    f"{path}: brings embeddings for {vocabulary} tokens, the base model has {base}, and the adapter "
+                    f"lacks '{name}'; resize and save the base model first"
+                )
     return merge
 
 
 def summary(merge: Merge | None) -> dict[str, Any] | None:
-    """The counts to report: {"pairs", "pairs_used", "modules", "saved", "untied"}."""
+    """The counts to report: {"pairs", "pairs_used", "modules", "saved", "untied", "vocabulary"}."""
     if merge is None:
         return None
     return {
         "pairs": merge.pairs,
         "pairs_used": merge.pairs,
         "modules": len(merge.modules),
-        "saved": merge.saved,
+        "saved": list(dict.fromkeys(merge.saved)),
         "untied": merge.untied,
+        "vocabulary": merge.vocabulary,
     }

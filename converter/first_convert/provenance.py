@@ -18,10 +18,14 @@ from pyfirst.recipe import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CONFIG_NAM
 
 Source = tuple[str, str]  # name of an input such as "recipe/first_config.json", its sha256
 # What upstream's converter reads of a model folder beside the weights.
-_READ = re.compile(
-    r"config\.json|generation_config\.json|(tokenizer|vocab|added_tokens|special_tokens_map|chat_template).*|merges\.txt"
-)
+_TOKENIZER = re.compile(r"(tokenizer|vocab|added_tokens|special_tokens_map|chat_template).*|merges\.txt")
+_READ = re.compile(rf"config\.json|generation_config\.json|{_TOKENIZER.pattern}")
 EPOCH = "SOURCE_DATE_EPOCH"
+
+
+def is_tokenizer(name: str) -> bool:
+    """Whether a file of a model folder belongs to its tokenizer."""
+    return _TOKENIZER.fullmatch(name) is not None
 
 
 def sha256(path: Path) -> str:

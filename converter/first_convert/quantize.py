@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import re
-import sys
+import shutil
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from first_convert.pack import open_gguf
+from first_convert.progress import bar
 from first_convert.upstream import native
 from pyfirst.errors import InputError
 
@@ -74,8 +73,6 @@ def load_imatrix(path: str | Path) -> dict[str, Any]:
     """Importance matrix of llama-imatrix (GGUF): tensor name -> float32 mean squares. Raises InputError."""
     import numpy as np
 
-    from first_convert.pack import open_gguf
-
     source = open_gguf(path)
     tensors = {t.name: np.memmap(path, np.float32, "r", t.start, (t.elements,)) for t in source.tensors}
     result = {}
@@ -120,16 +117,18 @@ def quantize(
     llama_cpp = native()
     from llama_cpp._logger import llama_log_callback
 
+    sizes = {tensor.name: tensor.size for tensor in open_gguf(source).tensors}
     lines: list[str] = []
-    bar = tqdm(desc="Quantising", unit="tensor", leave=False, disable=None)
+    current: list[str] = []
+    progress = bar("Quantising", sum(sizes.values()))
 
     @llama_cpp.llama_log_callback
     def log(level: int, text: bytes, user_data: Any) -> None:
         line = text.decode("utf-8", "replace")
         lines.append(line)
-        if step := re.match(r"\[ *(\d+)/ *(\d+)\]", line):
-            bar.total, bar.n = int(step[2]), int(step[1])
-            bar.refresh()
+        if step := re.match(r"\[ *\d+/ *\d+\] +(\S+) ", line):
+            progress.update(sizes.get(current[-1], 0) if current else 0)
+            current.append(step[1])
 
     llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
     params = llama_cpp.llama_model_quantize_default_params()
@@ -143,7 +142,7 @@ def quantize(
         status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(params))
     finally:
         llama_cpp.llama_log_set(llama_log_callback, ctypes.c_void_p(0))
-        bar.close()
+        progress.close()
     del keep
     text = "".join(lines)
     if status != 0:
@@ -151,22 +150,16 @@ def quantize(
         reason = reasons[-1].strip() if reasons else f"llama_model_quantize returned {status}"
         if "imatrix" in reason or "importance matrix" in reason:
             reason += f"; {kind} needs --imatrix"
+        elif "validation failed" in reason:
+            reason += f"; '{current[-1]}' has values too large for it, use bf16 or f32"
+        elif "iostream" in reason:
+            free = shutil.disk_usage(Path(out).parent).free
+            reason = f"cannot write {out}, {free / 1e6:.0f} MB are free there; is the disk full?"
         raise InputError(f"{kind}: {reason}")
     fallbacks = [m.groupdict() | {"columns": int(m["columns"])} for m in _FALLBACK.finditer(text)]
     return {"fallbacks": fallbacks}
 
 
-def main() -> int:
-    """Run one job: a JSON file with the arguments of ``quantize`` and "result", where the answer goes."""
-    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    result = Path(job.pop("result"))
-    try:
-        answer = quantize(**job)
-    except (ValueError, OSError, ImportError) as error:
-        answer = {"error": " ".join(str(error).split())}
-    result.write_text(json.dumps(answer), encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def run_job(job: dict[str, Any]) -> dict[str, Any]:
+    """A job of worker.py: the arguments of ``quantize``, and "result", which is the worker's."""
+    return quantize(**{name: value for name, value in job.items() if name != "result"})
