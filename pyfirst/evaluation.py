@@ -57,10 +57,12 @@ class Example:
     where: str
 
 
-def read_examples(path: str | os.PathLike[str], limit: int | None = None) -> list[Example]:
+def read_examples(
+    path: str | os.PathLike[str], limit: int | None = None, *, need_references: bool = True
+) -> list[Example]:
     """The first ``limit`` lines of a JSONL file: "prompt" with "references" or "response", and maybe "task".
 
-    Raises InputError naming file and line.
+    Without ``need_references`` a prompt alone will do. Raises InputError naming file and line.
     """
     path = Path(path)
     if not path.is_file():
@@ -81,7 +83,9 @@ def read_examples(path: str | os.PathLike[str], limit: int | None = None) -> lis
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
             raise InputError(f"{where}: expected an object with a text 'prompt'")
         references = row.get("references", [row["response"]] if "response" in row else None)
-        if not isinstance(references, list) or not references:
+        if references is None and not need_references:
+            references = []
+        elif not isinstance(references, list) or not references:
             raise InputError(f"{where}: expected 'references', a list of texts, or a text 'response'")
         if not all(isinstance(text, str) and text.strip() for text in references):
             raise InputError(f"{where}: a reference is not a text, or empty")

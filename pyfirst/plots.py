@@ -57,3 +57,47 @@ def bench(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
         fontsize=9,
     )
     figure.savefig(path, dpi=120)
+
+
+def masks(seen: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Draw what pyfirst.masks.observe() returns: scores of layers x prompts, keep rates, and kept shares.
+
+    Red is below the threshold, blue reaches it, with a step of colour between them.
+    """
+    import numpy as np
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap, TwoSlopeNorm
+
+    rows, threshold, n_layer = seen["prompts"], seen["threshold"], seen["layers"]
+    scores = np.array([row["scores"] for row in rows]).T
+    tasks = [row["task"] for row in rows]
+    names = list(dict.fromkeys(tasks))
+    figure = _figure(11, 3.5 + 0.16 * n_layer)
+    grid = figure.add_gridspec(2, 2, width_ratios=(4, 1), height_ratios=(4, 1))
+    heat = figure.add_subplot(grid[0, 0])
+    low, high = colormaps["Reds_r"](np.linspace(0.1, 0.7, 128)), colormaps["Blues"](np.linspace(0.35, 1, 128))
+    norm = TwoSlopeNorm(threshold, min(scores.min(), threshold - 0.01), max(scores.max(), threshold + 0.01))
+    colours = ListedColormap(np.concatenate([low, high]))
+    image = heat.imshow(scores, aspect="auto", interpolation="nearest", origin="lower", cmap=colours, norm=norm)
+    bar = figure.colorbar(image, ax=heat, location="left", fraction=0.03, ticks=[norm.vmin, threshold, norm.vmax])
+    bar.ax.set_yticklabels([f"{norm.vmin:.2f}", f"threshold {threshold:.3g}", f"{norm.vmax:.2f}"])
+    edges = [i for i in range(1, len(tasks)) if tasks[i] != tasks[i - 1]]
+    for edge in edges:
+        heat.axvline(edge - 0.5, color="white", linewidth=3)
+    starts = [0, *edges]
+    heat.set_xticks([(a + b - 1) / 2 for a, b in zip(starts, [*edges, len(tasks)], strict=True)])
+    heat.set_xticklabels([f"{tasks[a]} ({tasks.count(tasks[a])})" for a in starts])
+    heat.set(ylabel="layer", title=f"mean router score of each prompt ({seen['distinct']} masks, {len(rows)} prompts)")
+
+    rates = figure.add_subplot(grid[0, 1], sharey=heat)
+    kept = figure.add_subplot(grid[1, 0])
+    rates.barh(range(n_layer), [100 * rate for rate in seen["keep_rate"]], color="0.85", label="all")
+    for name in names:
+        rates.plot([100 * r for r in seen["task_keep_rate"][name]], range(n_layer), "o-", ms=3, lw=1, label=name)
+    rates.set(xlabel="kept (% of prompts)", title="keep rate")
+    rates.legend(fontsize=7)
+    counts = [[sum(row["mask"]) for row in rows if row["task"] == name] for name in names]
+    kept.hist(counts, bins=np.arange(-0.5, n_layer + 1), stacked=True, color=[f"C{i}" for i in range(len(names))])
+    kept.set(xlabel=f"layers kept of {n_layer}", ylabel="prompts")
+    figure.suptitle(Path(seen["model"]).name)
+    figure.savefig(path, dpi=120)

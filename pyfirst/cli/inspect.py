@@ -1,4 +1,4 @@
-"""first-inspect: what a GGUF file holds, where it came from, and whether its routers add up."""
+"""first-inspect: what a GGUF file holds, whether its routers add up, and what they decide for prompts."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pyfirst import metadata as key
+from pyfirst import plots
 from pyfirst.cli import common
 from pyfirst.errors import InputError
 
@@ -26,11 +27,30 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line of first-inspect."""
     parser = common.parser(
         "first-inspect",
-        "Print what a GGUF file holds and where it came from, and check its routers. Exit code 2 if they are broken.",
-        "first-inspect smollm2-first.gguf --json",
+        "Print what a GGUF file holds and where it came from, and check its routers. Exit code 2 if they are broken.\n"
+        "With prompts: show which layers each of them keeps, grouped by task.",
+        "first-inspect smollm2-first.gguf --json\n"
+        "  first-inspect smollm2-first.gguf --data tasks.jsonl --limit 20 --plot masks.png",
     )
-    parser.add_argument("model", metavar="MODEL.gguf", help="the file; of a split model, its first piece")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add = parser.add_argument
+    add("model", metavar="MODEL.gguf", help="the file; of a split model, its first piece")
+    add(
+        "-p", "--prompt", action="append", default=[], metavar="TEXT", help="a prompt to show the layers of; repeatable"
+    )
+    add(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help='JSONL files of {"prompt", "task"}; without "task" the file\'s name is the task',
+    )
+    add("--limit", type=int, metavar="N", help="prompts of each file at most")
+    add("--threshold", type=float, metavar="T", help="keep a layer whose mean score reaches T (default: the file's)")
+    add("--prefill", choices=key.PREFILL_MODES, help="how the prompt is read (default: as the file says)")
+    add("-c", "--ctx", type=int, default=2048, metavar="N", help="most tokens of a prompt (default: 2048)")
+    add("-t", "--threads", type=int, metavar="N", help="threads (default: the CPUs this process may use)")
+    add("--plot", metavar="FILE", help="draw the scores of the prompts, as PNG, SVG or PDF (needs matplotlib)")
+    add("--json", action="store_true", help="print one JSON object")
     return parser
 
 
@@ -145,8 +165,33 @@ def _numbers(value: Any) -> Any:
 
 def command(args: argparse.Namespace) -> dict[str, Any]:
     """Run the parsed command line: print the report. Raises InputError, after it, for a file with problems."""
+    if args.limit is not None and args.limit < 1:
+        raise InputError(f"--limit is {args.limit}, expected at least 1")
+    if args.plot and not (args.prompt or args.data):
+        raise InputError("--plot needs prompts: see -p and --data")
+    if args.plot:
+        plots.check(args.plot)
     found = inspect(args.model)
-    print(json.dumps(_numbers(found), indent=2) if args.json else describe(found))
+    if (args.prompt or args.data) and not found["problems"]:
+        from pyfirst import masks
+
+        seen = masks.observe(
+            args.model,
+            masks.prompts(args.prompt, args.data, args.limit),
+            threshold=args.threshold,
+            prefill=args.prefill,
+            ctx=args.ctx,
+            threads=args.threads,
+        )
+        found["masks"] = seen
+        if args.plot:
+            plots.masks(seen, args.plot)
+    if args.json:
+        print(json.dumps(_numbers(found), indent=2))
+    elif "masks" in found:
+        masks.show(found["masks"])
+    else:
+        print(describe(found))
     if found["problems"]:
         more = f" (and {len(found['problems']) - 1} more)" if len(found["problems"]) > 1 else ""
         raise InputError(f"{args.model}: {found['problems'][0]}{more}")
