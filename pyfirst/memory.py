@@ -1,7 +1,7 @@
 """How much of a model's file an answer needs in memory: the pages of a layer that is skipped are not read.
 
 That holds for weights that llama.cpp uses as they are in the file. Types that it rearranges for the processor when it
-loads them (with AVX2 q4_0 and q4_K among others) are copied to memory of the process, skipped or not; what that takes is
+loads them (with AVX2 q4_0 and q4_K among others) are copied to memory of the process, skipped or not; that is
 in ``anonymous_bytes``. llama.cpp reads the whole file once when it maps it, and the system reads ahead of what is asked
 for, by megabytes on some disks. Both hide what the layers need, so it is measured after loading, from a cold cache and
 without reading ahead: what would stay if memory were short. Linux only.
