@@ -62,22 +62,27 @@ def bench(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
 def masks(seen: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Draw what pyfirst.masks.observe() returns: scores of layers x prompts, keep rates, and kept shares.
 
-    Red is below the threshold, blue reaches it, with a step of colour between them.
+    Red is below the threshold, blue reaches it, with a step of colour between them; grey is kept all the same.
     """
     import numpy as np
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap, TwoSlopeNorm
 
     rows, threshold, n_layer = seen["prompts"], seen["threshold"], seen["layers"]
-    scores = np.array([row["scores"] for row in rows]).T
+    values, keep = (np.array([row[name] for row in rows]).T for name in ("scores", "mask"))
+    scores = np.ma.masked_array(values, keep & (values < threshold))  # protected layers
     tasks = [row["task"] for row in rows]
     names = list(dict.fromkeys(tasks))
     figure = _figure(11, 3.5 + 0.16 * n_layer)
     grid = figure.add_gridspec(2, 2, width_ratios=(4, 1), height_ratios=(4, 1))
     heat = figure.add_subplot(grid[0, 0])
     low, high = colormaps["Reds_r"](np.linspace(0.1, 0.7, 128)), colormaps["Blues"](np.linspace(0.35, 1, 128))
-    norm = TwoSlopeNorm(threshold, min(scores.min(), threshold - 0.01), max(scores.max(), threshold + 0.01))
-    colours = ListedColormap(np.concatenate([low, high]))
+    lowest, highest = (
+        values.min(where=values < threshold, initial=threshold - 0.01),
+        max(values.max(), threshold + 0.01),
+    )
+    norm = TwoSlopeNorm(threshold, lowest, highest)
+    colours = ListedColormap(np.concatenate([low, high])).with_extremes(bad="0.8")
     image = heat.imshow(scores, aspect="auto", interpolation="nearest", origin="lower", cmap=colours, norm=norm)
     bar = figure.colorbar(image, ax=heat, location="left", fraction=0.03, ticks=[norm.vmin, threshold, norm.vmax])
     bar.ax.set_yticklabels([f"{norm.vmin:.2f}", f"threshold {threshold:.3g}", f"{norm.vmax:.2f}"])
