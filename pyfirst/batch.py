@@ -1,14 +1,15 @@
 """FirstBatch: many sequences at once, each with its own layers.
 
 Continuous batching on one context: a place that a finished sequence leaves is taken at once. Prompts and single
-decode steps share a batch; a layer runs for it if one of the sequences keeps it.
+decode steps share a batch; what several prompts begin with is computed once, where their masks allow it.
 """
 
 from __future__ import annotations
 
-import codecs
+import math
 import os
 import random
+import threading
 import time
 import uuid
 from collections import deque
@@ -21,6 +22,7 @@ import numpy as np
 from pyfirst import metadata, native
 from pyfirst.errors import InputError
 from pyfirst.llama import Routing, common_prefix, pick_threshold, usable_cpus
+from pyfirst.text import TextStream
 
 import llama_cpp  # isort: skip  (after native, which points it at our library)
 from llama_cpp import _internals as internals  # isort: skip
@@ -42,7 +44,7 @@ class Request:
     repeat_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
-    seed: int | None = None
+    seed: int | None = None  # 0 to 2**32 - 2
     stop: Sequence[str] = ()
     mask: np.ndarray | None = None  # bool [n_layer], forces the decision
     threshold: float | None = None  # of this request; default: the batch's
@@ -56,42 +58,25 @@ class Update:
         request: the handle that submit() returned.
         text: new text, complete characters only, never a part of a stop string; may be empty.
         finish_reason: None while the sequence goes on, else "stop" or "length".
+        n_generated: tokens of the answer so far, without the one that ends it.
     """
 
     request: int
     text: str
     finish_reason: str | None
+    n_generated: int
 
 
-class _Text:
-    """Tokens to text: holds back broken characters and what may become a stop string."""
-
-    def __init__(self, stop: Sequence[str]):
-        self.stop = [s for s in stop if s]
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.held = ""
-        self.all = ""
-
-    def feed(self, piece: bytes) -> tuple[str, bool]:
-        """(text to show, whether a stop string was met)."""
-        self.held += self.decoder.decode(piece)
-        hits = [self.held.find(s) for s in self.stop if s in self.held]
-        if hits:
-            return self._show(min(hits)), True
-        keep = max(
-            (n for s in self.stop for n in range(1, min(len(s), len(self.held) + 1)) if self.held.endswith(s[:n])),
-            default=0,
-        )
-        return self._show(len(self.held) - keep), False
-
-    def finish(self) -> str:
-        """What was held back for a stop string that did not come; half a character is dropped."""
-        return self._show(len(self.held))
-
-    def _show(self, n: int) -> str:
-        text, self.held = self.held[:n], self.held[n:]
-        self.all += text
-        return text
+# name -> (lowest, highest, whether the lowest itself is allowed)
+_RANGES = {
+    "temperature": (0, math.inf, True),
+    "top_k": (0, math.inf, True),
+    "top_p": (0, 1, False),
+    "min_p": (0, 1, True),
+    "repeat_penalty": (0, math.inf, False),
+    "frequency_penalty": (-math.inf, math.inf, True),
+    "presence_penalty": (-math.inf, math.inf, True),
+}
 
 
 @dataclass
@@ -101,25 +86,33 @@ class _Slot:
     handle: int
     request: Request
     sampler: Any
-    text: _Text
+    text: TextStream
     routing: Routing
     n_past: int = 0
     pending: list[int] = field(default_factory=list)  # tokens to compute next
     n_generated: int = 0
+    decided: bool = False  # the mask came along with a copied prefix
 
     @property
     def reading(self) -> bool:
         """Whether the prompt is still being read."""
-        return self.n_generated == 0
+        return self.n_past < len(self.request.tokens)
 
 
 class FirstBatch:
     """Answers many prompts together; each is routed, or forced, on its own.
 
+    Memory beside the model is bounded, and claimed at once: n_parallel * n_ctx cells of keys and values (n_ctx rounded
+    up to a multiple of 256), each of n_layer * (key width + value width) * 2 bytes in f16, skipped layers included; and
+    the logits, n_parallel * vocabulary * 4 bytes. What the prompts of finished sequences left there serves the next
+    prompts that begin alike.
+
+    May be used from several threads; their requests share the batch.
+
     Args:
         model_path: GGUF file.
-        n_parallel: sequences at once. Memory is bounded by n_parallel * n_ctx cells of keys and values.
-        n_ctx: tokens per sequence, prompt and answer together.
+        n_parallel: sequences at once.
+        n_ctx: tokens per sequence, prompt and answer together; at most what the model was trained for.
         routing, threshold, skip, prefill: as in FirstLlama.
         n_batch: tokens that one step computes at most.
         n_threads: default: the CPUs this process may use.
@@ -151,36 +144,40 @@ class FirstBatch:
         if n_parallel < 1 or n_ctx < 2 or n_batch < 1:
             raise InputError(f"n_parallel {n_parallel}, n_ctx {n_ctx}, n_batch {n_batch}: expected positive numbers")
         limit = llama_cpp.llama_max_parallel_sequences()
-        if n_parallel + 1 > limit:
-            raise InputError(f"n_parallel is {n_parallel}, llama.cpp holds {limit - 1} sequences and a shared prefix")
+        if n_parallel > limit:
+            raise InputError(f"n_parallel is {n_parallel}, llama.cpp holds {limit} sequences")
         if prefill not in (None, *metadata.PREFILL_MODES):
             raise InputError(f"prefill is {prefill!r}, expected one of {', '.join(metadata.PREFILL_MODES)}")
         self.model_path = os.fspath(model_path)
-        self.n_parallel, self.n_ctx, self.verbose = n_parallel, n_ctx, verbose
+        self.n_parallel, self.verbose = n_parallel, verbose
+        self.n_threads = n_threads or usable_cpus()
         with native.explained(self.model_path):
             self._model = internals.LlamaModel(
                 path_model=self.model_path, params=llama_cpp.llama_model_default_params(), verbose=verbose
             )
         self.metadata: dict[str, str] = self._model.metadata()
+        self.n_ctx = n_ctx = min(n_ctx, self._model.n_ctx_train() or n_ctx)
         self.n_layer: int = llama_cpp.llama_model_n_layer(self._model.model)
         self.prefill = prefill or self.metadata.get(metadata.PREFILL, "full")
         self.window = int(self.metadata.get(metadata.WINDOW, 512))
+        n_batch = max(n_batch, n_parallel)  # a token for each that decodes
         if self.prefill == "skip":
             n_batch = max(n_batch, min(self.window, n_ctx))
         self.n_batch = n_batch
 
         params = llama_cpp.llama_context_default_params()
-        params.n_seq_max = n_parallel + 1  # the last one holds a shared prefix
-        params.n_ctx = n_ctx * params.n_seq_max
+        params.n_seq_max = n_parallel
+        params.n_ctx = n_ctx * n_parallel
         params.n_batch = params.n_ubatch = n_batch
-        params.n_threads = params.n_threads_batch = n_threads or usable_cpus()
+        params.n_threads = params.n_threads_batch = self.n_threads
         params.kv_unified = kv_unified
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if type_k is not None:
             params.type_k = type_k
         if type_v is not None:
             params.type_v = type_v
-        self._ctx = internals.LlamaContext(model=self._model, params=params, verbose=verbose)
+        with native.explained(self.model_path):
+            self._ctx = internals.LlamaContext(model=self._model, params=params, verbose=verbose)
         self._batch = llama_cpp.llama_batch_init(n_batch, 0, 1)
 
         self.threshold: float | None = None
@@ -192,18 +189,24 @@ class FirstBatch:
             native.set_prefill(self._ctx.ctx, metadata.PREFILL_MODES.index(self.prefill))
         ]
 
+        self._lock = threading.RLock()
         self._slots: list[_Slot | None] = [None] * n_parallel
+        self._held: list[_Slot | None] = [None] * n_parallel  # whose prompt's keys and values a sequence holds
         self._waiting: deque[tuple[int, Request]] = deque()
         self._next_handle = 0
-        self._shared: list[int] = []  # tokens of the prefix that the extra sequence holds
         self._routings: dict[int, Routing] = {}
+        self._mail: dict[int, deque[Update]] = {}  # of requests that generate() runs
 
     def close(self) -> None:
         """Free the context and the model; using the object afterwards raises RuntimeError."""
-        if self._ctx.ctx is not None:
-            llama_cpp.llama_batch_free(self._batch)
-        self._ctx.close()
-        self._model.close()
+        with self._lock:
+            if self._ctx.ctx is not None:
+                llama_cpp.llama_batch_free(self._batch)
+                for slot in self._slots:
+                    if slot is not None:
+                        slot.sampler.close()
+            self._ctx.close()
+            self._model.close()
 
     def _check_open(self) -> None:
         if self._ctx.ctx is None:
@@ -222,6 +225,7 @@ class FirstBatch:
 
     def tokenize(self, text: str, add_bos: bool = True) -> list[int]:
         """Token ids of a prompt, with BOS where the model wants one and ``add_bos`` allows it."""
+        self._check_open()
         return self._model.tokenize(text.encode("utf-8"), add_bos and self._model.add_bos_token(), True)
 
     def threshold_for(self, skip: float) -> float:
@@ -235,9 +239,16 @@ class FirstBatch:
         if n == 0:
             raise InputError("the prompt is empty: at least one token must decide")
         if n >= self.n_ctx:
-            raise InputError(f"the prompt has {n} tokens, n_ctx is {self.n_ctx} per sequence")
+            raise InputError(f"the prompt has {n} tokens, a sequence holds {self.n_ctx} with the answer")
         if request.max_tokens < 1:
             raise InputError(f"max_tokens is {request.max_tokens}, expected at least 1")
+        for name, (low, high, closed) in _RANGES.items():
+            value = getattr(request, name)
+            if not (low < value <= high or (closed and value == low)) or not math.isfinite(value):
+                limits = f"more than {low}" if not closed else f"{low} or more" if low == 0 else "a finite number"
+                raise InputError(f"{name} is {value}, expected {limits}" + (f", at most {high}" if high == 1 else ""))
+        if request.seed is not None and not 0 <= request.seed < 2**32 - 1:
+            raise InputError(f"seed is {request.seed}, expected 0 to {2**32 - 2}")
         n_vocab = self._model.n_vocab()
         for token in request.tokens:
             if not 0 <= token < n_vocab:
@@ -253,18 +264,21 @@ class FirstBatch:
     def submit(self, request: Request) -> int:
         """Queue a request and return its handle. Raises InputError if it cannot be served."""
         self.check(request)
-        handle = self._next_handle
-        self._next_handle += 1
-        self._waiting.append((handle, request))
+        with self._lock:
+            handle = self._next_handle
+            self._next_handle += 1
+            self._waiting.append((handle, request))
         return handle
 
     def cancel(self, handle: int) -> None:
         """Forget a request; its sequence is free for the next one. Unknown handles are ignored."""
-        self._waiting = deque((h, r) for h, r in self._waiting if h != handle)
-        for seq, slot in enumerate(self._slots):
-            if slot is not None and slot.handle == handle:
-                self._release(seq)
-        self._routings.pop(handle, None)
+        with self._lock:
+            self._waiting = deque((h, r) for h, r in self._waiting if h != handle)
+            for seq, slot in enumerate(self._slots):
+                if slot is not None and slot.handle == handle:
+                    self._release(seq)
+            self._routings.pop(handle, None)
+            self._mail.pop(handle, None)
 
     @property
     def n_active(self) -> int:
@@ -285,10 +299,18 @@ class FirstBatch:
         return self._routings.pop(handle, None)
 
     def _release(self, seq: int) -> None:
+        """Free a sequence; what its prompt left stays until another prompt needs the place."""
         slot = self._slots[seq]
-        if slot is not None:
-            slot.sampler.close()
+        if slot is None or self._ctx.ctx is None:
+            return
+        slot.sampler.close()
         self._slots[seq] = None
+        slot.n_past = min(slot.n_past, len(slot.request.tokens))
+        if slot.n_past == 0 or not self._ctx.kv_cache_seq_rm(seq, slot.n_past, -1):
+            self._empty(seq)
+
+    def _empty(self, seq: int) -> None:
+        self._held[seq] = None
         self._ctx.kv_cache_seq_rm(seq, -1, -1)
 
     def _sampler(self, request: Request) -> Any:
@@ -309,40 +331,98 @@ class FirstBatch:
 
     def _apply_threshold(self, request: Request) -> float:
         """Before a decision falls; the context knows one threshold only."""
-        assert self.threshold is not None
-        threshold = self.threshold if request.threshold is None else request.threshold
+        threshold = self._threshold_of(request)
         native.set_threshold(self._ctx.ctx, threshold)
         return threshold
+
+    def _threshold_of(self, request: Request) -> float:
+        assert self.threshold is not None
+        return self.threshold if request.threshold is None else request.threshold
 
     def _routed(self, request: Request) -> bool:
         return request.mask is None and self.threshold is not None
 
-    def _start(self, seq: int, handle: int, request: Request) -> None:
-        """Give a sequence to a request."""
-        ctx = self._ctx.ctx
-        self._ctx.kv_cache_seq_rm(seq, -1, -1)
-        shared = min(common_prefix(self._shared, request.tokens), len(self._shared))
-        if shared == len(self._shared) > 0 and self._routed(request) and len(request.tokens) > shared:
-            # The scores of the prefix come along and count.
-            self._ctx.kv_cache_seq_cp(self.n_parallel, seq, -1, -1)
-        else:
-            shared = 0
-            if self._routed(request):
-                native.begin(ctx, seq)
-            elif request.mask is not None and self.prefill == "skip":
-                native.set_mask(ctx, request.mask, seq)
-            elif self.threshold is not None:
-                # Without a mask of its own an empty sequence would be routed.
-                native.set_mask(ctx, np.ones(self.n_layer, bool), seq)
+    def _mask(self, request: Request) -> np.ndarray:
+        """The mask of a request that is not routed."""
+        return np.ones(self.n_layer, bool) if request.mask is None else request.mask
+
+    def _common(self, held: _Slot, request: Request) -> int:
+        """Leading tokens for which both prompts have the same keys, values and scores."""
+        other = held.request
+        routed = self._routed(request)
+        if routed and not self._routed(other):
+            return 0
+        if self.prefill == "skip":
+            # Even the prompt depends on the mask: on what decided, or on what was forced.
+            if routed:
+                same = (
+                    self._threshold_of(other) == self._threshold_of(request)
+                    and other.tokens[: self.window] == request.tokens[: self.window]
+                )
+            else:
+                same = not self._routed(other) and bool((self._mask(other) == self._mask(request)).all())
+            if not same:
+                return 0
+        n = min(common_prefix(other.tokens, request.tokens), len(request.tokens) - 1)
+        return n if n >= MIN_SHARED_PREFIX else 0
+
+    def _fill(self) -> None:
+        """Give free sequences to waiting requests, in order; one waits on where another reads its beginning."""
+        kept: deque[tuple[int, Request]] = deque()
+        while self._waiting and None in self._slots and len(kept) < self.n_parallel:
+            handle, request = self._waiting.popleft()
+            donor, n, soon = None, 0, 0
+            for seq, held in enumerate(self._held):
+                if held is not None:
+                    common = self._common(held, request)
+                    here = min(common, held.n_past)
+                    if here > n:
+                        donor, n = seq, here
+                    if self._slots[seq] is not None and held.reading:
+                        soon = max(soon, common)
+            if soon >= n + MIN_SHARED_PREFIX:
+                kept.append((handle, request))
+                continue
+            if donor is not None and self._slots[donor] is None:
+                seq = donor
+            else:
+                # A sequence that holds nothing, or else what has been there longest.
+                free = [i for i, slot in enumerate(self._slots) if slot is None]
+                seq = min(free, key=lambda i: -1 if (held := self._held[i]) is None else held.handle)
+            self._start(seq, handle, request, donor, n if donor is not None else 0)
+        self._waiting.extendleft(reversed(kept))
+
+    def _start(self, seq: int, handle: int, request: Request, donor: int | None, shared: int) -> None:
+        """Give a sequence to a request, with ``shared`` tokens that ``donor`` holds."""
+        ctx, held = self._ctx.ctx, None if donor is None else self._held[donor]
+        if donor is not None and donor != seq:
+            self._empty(seq)
+            self._ctx.kv_cache_seq_cp(donor, seq, -1, -1)
+        if held is None or not self._ctx.kv_cache_seq_rm(seq, shared, -1):
+            held, shared = None, 0
+            self._empty(seq)
+        decided = self.prefill == "skip" and held is not None
+        if decided:
+            pass  # the mask came along
+        elif self._routed(request):
+            native.begin(ctx, seq)
+        elif self.prefill == "skip":
+            native.set_mask(ctx, self._mask(request), seq)
+        elif self.threshold is not None or held is not None:
+            # Without a mask of its own an empty sequence would be routed.
+            native.set_mask(ctx, np.ones(self.n_layer, bool), seq)
         dense = Routing(np.ones(self.n_layer, bool), None, self.prefill, None)
-        slot = _Slot(handle, request, self._sampler(request), _Text(request.stop), dense)
+        routing = held.routing if held is not None and decided else dense
+        slot = _Slot(handle, request, self._sampler(request), TextStream(request.stop), routing, decided=decided)
         slot.n_past, slot.pending = shared, request.tokens[shared:]
-        self._slots[seq] = slot
+        self._slots[seq] = self._held[seq] = slot
 
     def _prompt_done(self, seq: int, slot: _Slot) -> None:
         """The whole prompt has been read: pin the mask."""
         ctx, mask = self._ctx.ctx, slot.request.mask
-        if self._routed(slot.request):
+        if slot.decided:
+            pass
+        elif self._routed(slot.request):
             threshold = self._apply_threshold(slot.request)
             native.commit(ctx, seq)
             pinned = native.get_mask(ctx, self.n_layer, seq)
@@ -355,11 +435,23 @@ class FirstBatch:
         self._routings[slot.handle] = slot.routing
 
     def step(self) -> list[Update]:
-        """Compute one batch: a token of each sequence that decodes, and prompt tokens as far as n_batch allows."""
-        self._check_open()
-        for seq, slot in enumerate(self._slots):
-            if slot is None and self._waiting:
-                self._start(seq, *self._waiting.popleft())
+        """Compute one batch: a token of each sequence that decodes, and prompt tokens as far as n_batch allows.
+
+        Returns the updates of requests that were submit()ted; those of a generate() at work go there.
+        """
+        with self._lock:
+            self._check_open()
+            mine = []
+            for update in self._step():
+                mail = self._mail.get(update.request)
+                if mail is None:
+                    mine.append(update)
+                else:
+                    mail.append(update)
+            return mine
+
+    def _step(self) -> list[Update]:
+        self._fill()
         alone = next(
             (
                 seq
@@ -403,7 +495,7 @@ class FirstBatch:
         for seq, row in outputs:
             slot = self._slots[seq]
             assert slot is not None
-            if slot.reading:
+            if slot.n_past == len(slot.request.tokens):
                 self._prompt_done(seq, slot)
             updates.append(self._accept(seq, slot, slot.sampler.sample(self._ctx, row)))
         return updates
@@ -415,11 +507,11 @@ class FirstBatch:
 
     def _accept(self, seq: int, slot: _Slot, token: int) -> Update:
         """Take a sampled token; free the sequence if it was the last."""
-        slot.n_generated += 1
         reason = None
         if llama_cpp.llama_vocab_is_eog(self._model.vocab, token):
             text, reason = slot.text.finish(), "stop"
         else:
+            slot.n_generated += 1
             text, stopped = slot.text.feed(native.token_bytes(self._model.vocab, token))
             if stopped:
                 reason = "stop"
@@ -428,28 +520,7 @@ class FirstBatch:
             slot.pending = [token]
         if reason:
             self._release(seq)
-        return Update(slot.handle, text, reason)
-
-    def _share(self, requests: list[Request]) -> None:
-        """Read the longest prefix that all prompts share into the extra sequence, once."""
-        self._shared = []
-        self._ctx.kv_cache_seq_rm(self.n_parallel, -1, -1)
-        if len(requests) < 2 or self.prefill != "full" or not all(self._routed(r) for r in requests):
-            return
-        first = requests[0].tokens
-        n = min(min(common_prefix(first, r.tokens), len(r.tokens) - 1) for r in requests)
-        if n < MIN_SHARED_PREFIX:
-            return
-        native.begin(self._ctx.ctx, self.n_parallel)
-        for start in range(0, n, self.n_batch):
-            chunk = first[start : min(n, start + self.n_batch)]
-            for i, token in enumerate(chunk):
-                self._batch.token[i], self._batch.pos[i] = token, start + i
-                self._batch.n_seq_id[i], self._batch.seq_id[i][0] = 1, self.n_parallel
-                self._batch.logits[i] = False
-            self._batch.n_tokens = len(chunk)
-            self._decode()
-        self._shared = first[:n]
+        return Update(slot.handle, text, reason, slot.n_generated)
 
     def generate(
         self,
@@ -457,7 +528,7 @@ class FirstBatch:
         *,
         max_tokens: int | Sequence[int] = 16,
         masks: Sequence[Sequence[bool] | np.ndarray | None] | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str | Sequence[str] | None] = (),
         stream: bool = False,
         **sampling: Any,
     ) -> Any:
@@ -467,7 +538,7 @@ class FirstBatch:
             prompts: texts or token ids.
             max_tokens: per answer, one number or one per prompt.
             masks: bool [n_layer] per prompt, None where the routers decide.
-            stop: strings that end an answer.
+            stop: strings that end an answer: one, a list for all, or a list of lists, one per prompt.
             stream: yield chunks of all answers, interleaved, as they are computed.
             **sampling: other fields of Request, such as temperature and seed: one value or one per prompt.
 
@@ -488,26 +559,26 @@ class FirstBatch:
 
         if masks is not None and len(masks) != len(prompts):
             raise InputError(f"masks has {len(masks)} entries for {len(prompts)} prompts")
-        stops = [stop] if isinstance(stop, str) else list(stop)
+        stops: list[Any] = [stop] if isinstance(stop, str) else list(stop)
+        each = any(not isinstance(entry, str) for entry in stops)
+        if each and len(stops) != len(prompts):
+            raise InputError(f"stop has {len(stops)} entries for {len(prompts)} prompts")
         requests = [
             Request(
                 self.tokenize(prompt) if isinstance(prompt, str) else list(prompt),
                 max_tokens=one("max_tokens", max_tokens, i),
-                stop=stops,
+                stop=stops if not each else [stops[i]] if isinstance(stops[i], str) else stops[i] or (),
                 mask=None if masks is None or masks[i] is None else np.asarray(masks[i]),
                 **{name: one(name, value, i) for name, value in sampling.items()},
             )
             for i, prompt in enumerate(prompts)
         ]
-        handles: dict[int, int] = {}
-        try:
-            for i, request in enumerate(requests):
-                handles[self.submit(request)] = i
-        except InputError as error:
-            for handle in handles:
-                self.cancel(handle)
-            raise InputError(f"prompt {len(handles)}: {error}") from None
-        events = self._run(requests, handles)
+        for i, request in enumerate(requests):
+            try:
+                self.check(request)
+            except InputError as error:
+                raise InputError(f"prompt {i}: {error}") from None
+        events = self._run(requests)
         if stream:
             return events
         done: list[dict[str, Any]] = [{} for _ in prompts]
@@ -519,36 +590,44 @@ class FirstBatch:
                 done[i] = chunk
         return done
 
-    def _run(self, requests: list[Request], handles: dict[int, int]) -> Iterator[tuple[int, dict[str, Any]]]:
-        self._share(requests)
-        counts = [0] * len(requests)
+    def _run(self, requests: list[Request]) -> Iterator[tuple[int, dict[str, Any]]]:
+        handles: dict[int, int] = {}
+        names = [f"cmpl-{uuid.uuid4()}" for _ in requests]
         try:
+            with self._lock:
+                for i, request in enumerate(requests):
+                    handle = self.submit(request)
+                    handles[handle], self._mail[handle] = i, deque()
             while handles:
-                for update in self.step():
-                    i = handles.get(update.request)
-                    if i is None:
-                        continue
-                    counts[i] += 1
-                    yield i, self._chunk(requests[i], update, counts[i])
+                with self._lock:
+                    if not any(self._mail[handle] for handle in handles):
+                        self.step()
+                    updates = [update for handle in handles for update in self._mail[handle]]
+                    for handle in handles:
+                        self._mail[handle].clear()
+                for update in updates:
+                    i = handles[update.request]
+                    chunk = self._chunk(names[i], requests[i], update)
                     if update.finish_reason:
-                        self._routings.pop(update.request, None)
-                        del handles[update.request]
+                        self.take_routing(update.request)
+                        del handles[update.request], self._mail[update.request]
+                    yield i, chunk
         finally:
             for handle in handles:
                 self.cancel(handle)
 
-    def _chunk(self, request: Request, update: Update, n_generated: int) -> dict[str, Any]:
+    def _chunk(self, name: str, request: Request, update: Update) -> dict[str, Any]:
         routing = self._routings[update.request]
         return {
-            "id": f"cmpl-{uuid.uuid4()}",
+            "id": name,
             "object": "text_completion",
             "created": int(time.time()),
             "model": self.model_path,
             "choices": [{"text": update.text, "index": 0, "logprobs": None, "finish_reason": update.finish_reason}],
             "usage": {
                 "prompt_tokens": len(request.tokens),
-                "completion_tokens": n_generated,
-                "total_tokens": len(request.tokens) + n_generated,
+                "completion_tokens": update.n_generated,
+                "total_tokens": len(request.tokens) + update.n_generated,
             },
             "first": routing.report(),
         }
