@@ -1,0 +1,73 @@
+"""The examples run as their docstrings say, on tiny random models."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from first_convert.convert import convert
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def run(*command: object, stdin: str = "") -> str:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        [str(word) for word in command], input=stdin, capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def routed(tiny_model, tmp_path_factory):
+    """A tiny model with routers that skip a layer."""
+    folder, _ = tiny_model("llama")
+    root = tmp_path_factory.mktemp("routed")
+    recipe = tiny.recipe(root / "recipe", folder, mask=[1, 0, 1, 1])
+    path = root / "routed.gguf"
+    convert(folder, first=recipe, outfile=path, outtype="f32")
+    return path
+
+
+def test_chat(routed):
+    lines = run(sys.executable, EXAMPLES / "chat.py", routed, stdin="Hi there\nAnd now?\n\n").splitlines()
+    masks = [line.strip() for line in lines if line.startswith("  ") and set(line.strip()) <= set("#.")]
+    assert len(masks) == 2
+    assert all(len(mask) == 4 for mask in masks)
+
+
+def test_batch(routed):
+    lines = run(sys.executable, EXAMPLES / "batch.py", routed, stdin="the quick\nbrown fox\nlazy dog\n").splitlines()
+    assert [line.split("\t")[1] for line in lines] == ["'the quick'", "'brown fox'", "'lazy dog'"]
+    assert all(" of 4 layers" in line for line in lines)
+
+
+def test_forced_mask(tiny_model):
+    _, gguf = tiny_model("llama")
+    lines = run(sys.executable, EXAMPLES / "forced_mask.py", gguf, "the quick brown fox jumps").splitlines()
+    assert len(lines) == 5
+    assert len({line.split(":")[1] for line in lines}) == 5
+
+
+def test_serve_and_ask(routed):
+    lines = run(sys.executable, EXAMPLES / "serve_and_ask.py", routed, "Hi", "And you?").splitlines()
+    assert len(lines) == 2
+    assert all(" of 4 layers" in line for line in lines)
+
+
+def test_train_your_own(tiny_model, tmp_path):
+    folder, _ = tiny_model("llama")
+    data = tmp_path / "task.jsonl"
+    rows = [{"prompt": f"Add {i} and 1.", "response": f"It is {i + 1}."} for i in range(30)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = ["--steps", "2", "--batch-size", "2", "--grad-accum", "1", "--prior-examples", "2"]
+    out = run("sh", EXAMPLES / "train_your_own.sh", folder, data, tmp_path / "out", *options)
+    assert (tmp_path / "out" / "model.gguf").is_file()
+    assert "routed" in out
