@@ -26,6 +26,7 @@ from pyfirst.text import TextStream
 
 import llama_cpp  # isort: skip  (after native, which points it at our library)
 from llama_cpp import _internals as internals  # isort: skip
+from llama_cpp._logger import set_verbose  # isort: skip
 
 # Below this a shared prefix is not worth a copy of its keys and values.
 MIN_SHARED_PREFIX = 16
@@ -151,6 +152,7 @@ class FirstBatch:
         self.model_path = os.fspath(model_path)
         self.n_parallel, self.verbose = n_parallel, verbose
         self.n_threads = n_threads or usable_cpus()
+        set_verbose(verbose)
         with native.explained(self.model_path):
             self._model = internals.LlamaModel(
                 path_model=self.model_path, params=llama_cpp.llama_model_default_params(), verbose=verbose
@@ -181,6 +183,8 @@ class FirstBatch:
         self._batch = llama_cpp.llama_batch_init(n_batch, 0, 1)
 
         self.threshold: float | None = None
+        if not native.routed_layers(self._model.model) and (threshold is not None or skip is not None):
+            raise InputError(f"{self.model_path}: no routers in this file, so a threshold or skip decides nothing")
         if routing and native.routed_layers(self._model.model):
             self.threshold = pick_threshold(self._model.model, self.model_path, self.metadata, threshold, skip)
             native.set_threshold(self._ctx.ctx, self.threshold)
@@ -631,3 +635,30 @@ class FirstBatch:
             },
             "first": routing.report(),
         }
+
+
+def first_options(batch: FirstBatch, first: Any) -> dict[str, Any]:
+    """The JSON field "first" of a request, {threshold, skip, dense, mask}, as fields of Request.
+
+    Raises InputError for an unknown key, more than one of them, and values of the wrong type or length.
+    """
+    if not isinstance(first, dict):
+        raise InputError(f"first is a {type(first).__name__}, expected an object")
+    known = {"threshold": (int, float), "skip": (int, float), "dense": (bool,), "mask": (list,)}
+    for name, value in first.items():
+        if name not in known:
+            raise InputError(f"first: unknown field '{name}' (known: {', '.join(known)})")
+        if value is not None and (not isinstance(value, known[name]) or (name != "dense" and isinstance(value, bool))):
+            raise InputError(f"first.{name} is {value!r}")
+    given = {name: value for name, value in first.items() if value is not None and value is not False}
+    if len(given) > 1:
+        raise InputError(f"first: {' and '.join(given)} exclude each other")
+    if "mask" in given and not all(isinstance(keep, bool) for keep in given["mask"]):
+        raise InputError("first.mask holds something else than true and false")
+    if "dense" in given:
+        return {"mask": np.ones(batch.n_layer, bool)}
+    if "mask" in given:
+        return {"mask": np.array(given["mask"], bool)}
+    if "skip" in given:
+        return {"threshold": batch.threshold_for(given["skip"]), "mask": None}
+    return {"threshold": float(given["threshold"]), "mask": None} if given else {}

@@ -23,7 +23,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = common.parser(
         "first-run",
         "Run a GGUF model on a prompt; its routers decide which layers are left out.\n"
-        "The text goes to stdout, then one line to stderr: layers kept, tokens and tokens/s.",
+        "The text goes to stdout, then one line to stderr: layers kept, tokens and tokens/s.\n"
+        "With --parallel the file holds a prompt on each line, as JSON: a string, or an object with 'prompt' or\n"
+        "'messages' and, for that line alone, max_tokens, temperature, top_k, top_p, min_p, repeat_penalty,\n"
+        "frequency_penalty, presence_penalty, seed, stop, id, first: {threshold, skip, dense or mask}.",
         'first-run -m smollm2-first.gguf --chat -p "Name three rivers of France." --temp 0',
     )
     add = parser.add_argument
@@ -65,6 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--skip-layers", metavar="LIST", help="skip exactly these layers, such as 3,5,7; the first is 0")
     add("--prefill", choices=PREFILL_MODES, help="skip: the prompt skips too (default: the file's, or full)")
     add("--json", action="store_true", help="print one JSON object instead of streaming the text")
+    add("--parallel", type=int, metavar="N", help="answer the lines of -f, N at a time; needs --json, a line for each")
+    add("-o", "--outfile", metavar="FILE", help="with --parallel: write here; what it answers already is not repeated")
     return parser
 
 
@@ -86,6 +91,13 @@ def _check(args: argparse.Namespace) -> None:
     ]
     if len(chosen) > 1:
         raise InputError(f"{' and '.join(chosen)} exclude each other")
+    if args.parallel is not None:
+        if args.parallel < 1:
+            raise InputError(f"--parallel is {args.parallel}, expected at least 1")
+        if args.file is None or not args.json:
+            raise InputError("--parallel answers a file of prompts in JSON: add -f FILE and --json")
+    elif args.outfile is not None:
+        raise InputError("-o goes with --parallel")
     if args.prompt is not None and args.file is not None:
         raise InputError("-p and -f exclude each other")
     if args.n_predict < 1 and args.n_predict != -1:
@@ -198,11 +210,6 @@ def converse(session: Session, **options: Any) -> None:
 def command(args: argparse.Namespace) -> None:
     """Run the parsed command."""
     _check(args)
-    prompt = read_prompt(args.prompt, args.file)
-    if prompt is None and not args.chat:
-        raise InputError("no prompt: give one with -p or -f, or chat with --chat")
-    if prompt is None and args.json:
-        raise InputError("--json answers one prompt: give it with -p or -f")
     options: dict[str, Any] = {
         "n_predict": args.n_predict,
         "temp": args.temp,
@@ -220,6 +227,27 @@ def command(args: argparse.Namespace) -> None:
     }
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character must not end us
+    if args.parallel is not None:
+        from pyfirst.cli import many
+
+        found = many.run_many(
+            args.model,
+            many.read_lines(args.file),
+            parallel=args.parallel,
+            out=None if args.outfile is None else Path(args.outfile),
+            chat=args.chat,
+            **options,
+            **settings,
+        )
+        _say(many.summary(found))
+        if found["errors"]:
+            raise InputError(f"{found['errors']} of {found['lines']} lines not answered; {found['first_error']}")
+        return
+    prompt = read_prompt(args.prompt, args.file)
+    if prompt is None and not args.chat:
+        raise InputError("no prompt: give one with -p or -f, or chat with --chat")
+    if prompt is None and args.json:
+        raise InputError("--json answers one prompt: give it with -p or -f")
     if prompt is None:
         from pyfirst.cli.session import Session
 
