@@ -114,7 +114,7 @@ def _cell(score: float, keep: bool, threshold: float) -> tuple[str, str]:
     room = 1 - threshold if keep else threshold
     far = min(abs(score - threshold) / max(room, 1e-6), 1)
     if keep:
-        colour = f"rgb(20,{int(120 - 60 * far)},{int(120 + 120 * far)})"
+        colour = f"rgb({int(120 - 100 * far)},{int(170 - 110 * far)},240)"
         return "#", f"{colour} on {colour}"
     return ".", f"rgb({int(130 + 100 * far)},{int(90 - 90 * far)},40)"
 

@@ -326,10 +326,11 @@ def bench(
         start("dense", native.lib_dir(), model)
         kinds.append(_Kind("dense", "pyfirst", "dense", "plain"))
         folder = stack.enter_context(bench_files.folder())
-        with contextlib.suppress(InputError):
+        with contextlib.suppress(InputError, OSError):
             path, missing = _pruned(model, folder, n_layer)
             start("pruned", native.lib_dir(), str(path))
             kinds.append(_Kind("pruned", "pyfirst", "pruned", "plain", missing))
+            path.unlink()  # the mapping is enough; where the system objects, it goes with the folder
         kinds += [_Kind("forced", "pyfirst", "regions", "masked", count) for count in counts]
         if routers:
             kinds += [_Kind(mode, "pyfirst", "regions", mode) for mode in ("scored", "routed")]

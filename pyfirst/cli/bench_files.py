@@ -92,7 +92,8 @@ def _functions() -> Any:
 
 
 def _type_number(lib: Any, kind: str) -> int:
-    return next(i for i in range(64) if lib.ggml_type_name(i) == kind.encode())
+    """ggml's number of a type, in any case of letters."""
+    return next(i for i in range(64) if (lib.ggml_type_name(i) or b"").lower() == kind.lower().encode())
 
 
 def _byte_words() -> list[str]:
@@ -238,8 +239,9 @@ def prune(source: Gguf, keep: Sequence[int], out: str | os.PathLike[str]) -> Non
 
     Keys of the architecture that hold one value a layer lose theirs too. Raises InputError for a split model.
     """
-    from first_convert.ggufio import Entry, pack_entry
+    from first_convert.ggufio import NUMBERS, Entry, pack_entry
 
+    items = {number: name for name, number in NUMBERS.items()}
     if source.get("split.count", 0) > 1:
         raise InputError(f"{source.path}: split in pieces")
     architecture = source.get("general.architecture")
@@ -251,9 +253,9 @@ def prune(source: Gguf, keep: Sequence[int], out: str | os.PathLike[str]) -> Non
         if name == count:
             pairs.append(pack_entry(Entry(name, "UINT32", len(keep))))
         elif isinstance(value, list) and len(value) == n_layer:
-            item = {4: "UINT32", 5: "INT32", 6: "FLOAT32", 7: "BOOL"}[
-                struct.unpack_from("<I", source.data, key.value)[0]
-            ]
+            item = items.get(struct.unpack_from("<I", source.data, key.value)[0])
+            if item is None:
+                raise InputError(f"{source.path}: the key '{name}' is an array of an unusual type")
             pairs.append(pack_entry(Entry(name, "ARRAY", [value[old] for old in keep], item)))
         elif not name.startswith("first.") and name != "general.alignment":
             pairs.append(source.data[key.start : key.end])
@@ -266,9 +268,7 @@ def prune(source: Gguf, keep: Sequence[int], out: str | os.PathLike[str]) -> Non
             kept.append((tensor.name, tensor))
         elif int(match[1]) in new:
             kept.append((f"blk.{new[int(match[1])]}.{tensor.name[match.end() :]}", tensor))
-    numbers = {
-        t.kind: next(i for i in range(64) if lib.ggml_type_name(i).decode().lower() == t.kind.lower()) for _, t in kept
-    }
+    numbers = {kind: _type_number(lib, kind) for kind in {tensor.kind for _, tensor in kept}}
     with Path(out).open("wb") as file:
         _write_header(file, pairs, [(name, t.shape, numbers[t.kind], t.size) for name, t in kept])
         for _, tensor in kept:
