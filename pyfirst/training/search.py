@@ -27,6 +27,8 @@ from pyfirst.training.routers import FirstModel, masked_mean, per_example
 # Largest and smallest size of a router's logit on the prompts it is fitted to.
 SPREAD = 1.5
 MARGIN = 0.5
+# Without gradients more fits into memory than in training, and short responses want company.
+TRIAL_BATCH = 12
 
 Trial = Callable[[torch.Tensor], torch.Tensor]
 
@@ -38,7 +40,8 @@ def trial(model: FirstModel, examples: Sequence[Example], batch_size: int) -> Tr
     In prefill "full" prompts are run only once; their keys and values stay in memory.
     """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
-    chosen = [[examples[i] for i in order[at : at + batch_size]] for at in range(0, len(order), batch_size)]
+    size = max(batch_size, TRIAL_BATCH)
+    chosen = [[examples[i] for i in order[at : at + size]] for at in range(0, len(order), size)]
     if model.prefill == "full":
         parts = [model.after_prompt(part) for part in chosen]
     else:
@@ -165,7 +168,10 @@ def choose(
         skip: share of all layers to leave out.
     """
     removals = round(skip * model.block_count * len(tasks))
-    if static is None:
+    if not removals:
+        masks = torch.ones(len(tasks), model.block_count, dtype=torch.bool)
+        targets = torch.full(masks.shape, SPREAD)
+    elif static is None:
         parts = [[e for e in examples if e.task == task] for task in tasks]
         trials = [trial(model, part, batch_size) for part in parts]
         masks, targets = search(trials, model.protected, removals, say)
