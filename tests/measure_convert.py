@@ -3,18 +3,23 @@
 
     python tests/measure_convert.py masks  smollm2-135m-hf [--first examples/smollm2-135m] [--prompts FILE.jsonl]
     python tests/measure_convert.py speed  smollm2-135m-hf [--first examples/smollm2-135m]
-    python tests/measure_convert.py memory [--gigabytes 2]
+    python tests/measure_convert.py memory [--gigabytes 2 | --shape llama-3.2-3b] [--limit GIGABYTES]
+    python tests/measure_convert.py older  smollm2-135m-hf --older FOLDER [--first examples/smollm2-135m]
 
 masks: which layers 50 prompts keep under each quantised type, against float32. speed: first-convert to q8_0 against
 convert_hf_to_gguf.py and llama.cpp's quantizer on a model merged beforehand. memory: the peak of a synthetic bfloat16
-checkpoint with a LoRA on all linear layers.
+checkpoint with a LoRA on all linear layers. older: logits of a routed file in another release of llama-cpp-python,
+
+    CMAKE_ARGS="-DLLAVA_BUILD=OFF" pip install --no-deps --target FOLDER llama-cpp-python==0.3.2
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -171,10 +176,25 @@ def speed(model: Path, recipe: Path, folder: Path, rounds: int) -> None:
 # memory
 
 
-def synthetic(folder: Path, layers: int, width: int = 2048, shard: int = 500 << 20) -> int:
+# The public shape of a model of 3 billion weights.
+SHAPES = {
+    "llama-3.2-3b": {
+        "num_hidden_layers": 28,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    }
+}
+
+
+def synthetic(folder: Path, shape: dict[str, int], shard: int = 500 << 20) -> int:
     """Write a random bfloat16 Llama in shards of about ``shard`` bytes with a recipe that brings a LoRA.
 
-    The model goes to folder/hf, the recipe to folder/recipe; nothing larger than a shard is held in memory.
+    The model goes to folder/hf, the recipe to folder/recipe; little more than a shard is held in memory.
     Returns the size of the largest shard.
     """
     import tiny
@@ -184,17 +204,18 @@ def synthetic(folder: Path, layers: int, width: int = 2048, shard: int = 500 << 
     from first_convert.checkpoint import Checkpoint
     from first_convert.merge import meta_model
 
-    shape = {"hidden_size": width, "intermediate_size": 4 * width, "head_dim": width // 4}
     tiny.make("llama", folder / "hf", num_hidden_layers=1)
     path = folder / "hf" / "config.json"
-    config = {**json.loads(path.read_text(encoding="utf-8")), **shape, "num_hidden_layers": layers, "dtype": "bfloat16"}
+    config = {**json.loads(path.read_text(encoding="utf-8")), **shape, "dtype": "bfloat16"}
     path.write_text(json.dumps(config), encoding="utf-8")
     shapes = {name: p.shape for name, p in meta_model(Checkpoint(folder / "hf")).named_parameters()}
     (folder / "hf" / "model.safetensors").unlink()
     generator = torch.Generator().manual_seed(0)
+    block = (0.02 * torch.randn((1 << 20) + 7, generator=generator)).to(torch.bfloat16)
 
     def random(*size: int) -> torch.Tensor:
-        return (0.02 * torch.randn(size, generator=generator)).to(torch.bfloat16)
+        count = torch.Size(size).numel()
+        return block.repeat(count // block.numel() + 1)[:count].reshape(size).clone()
 
     weight_map: dict[str, str] = {}
     pending: dict[str, torch.Tensor] = {}
@@ -226,10 +247,12 @@ def synthetic(folder: Path, layers: int, width: int = 2048, shard: int = 500 << 
     return max(sizes)
 
 
-def memory(gigabytes: float, folder: Path) -> None:
-    per_layer = 2 * 2048 * 2048 * (2 + 1 + 12)  # heads of a quarter of the width: 4 for queries, 2 for keys and values
-    largest = synthetic(folder, max(1, round(gigabytes * 1e9 / per_layer)))
+def memory(shape: dict[str, int], limit: float, folder: Path) -> None:
+    # In a process of its own: a child begins with the peak of the process that starts it.
+    largest = multiprocessing.get_context("spawn").Pool(1).apply(synthetic, (folder, shape))
     size = sum(path.stat().st_size for path in (folder / "hf").glob("*.safetensors"))
+    if limit:
+        resource.setrlimit(resource.RLIMIT_DATA, (int(limit * 1e9),) * 2)
     for kind in ("q8_0", "f32"):
         started = time.monotonic()
         out = folder / f"{kind}.gguf"
@@ -239,18 +262,66 @@ def memory(gigabytes: float, folder: Path) -> None:
         out.unlink()
 
 
+# older releases
+
+LOGITS = """
+import json, sys
+import numpy as np
+import llama_cpp
+model, out, ids = sys.argv[1:]
+llm = llama_cpp.Llama(model, n_ctx=256, n_threads=1, logits_all=True, type_k=0, type_v=0, verbose=False)
+ids = json.loads(ids)
+llm.eval(ids)
+np.save(out, llm.scores[: len(ids)])
+print(llama_cpp.__version__)
+"""
+
+
+def older(model: Path, recipe: Path, package: Path, folder: Path) -> None:
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    text = "The quick brown fox jumps over the lazy dog, and Maria has 12 boxes of 5 books each."
+    ids = AutoTokenizer.from_pretrained(model).encode(text)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        truth = peft.PeftModel.from_pretrained(base, str(recipe)).eval()(torch.tensor([ids])).logits[0].numpy()
+    environment = {**os.environ, "PYTHONPATH": str(package)}
+    environment.pop("LLAMA_CPP_LIB_PATH", None)
+    for kind in ("f32", "q8_0"):
+        first_convert(model, "--first", recipe, "--outfile", folder / "first.gguf", "--outtype", kind, "--force")
+        first_convert("--strip", folder / "first.gguf", "--outfile", folder / "plain.gguf", "--force")
+        found = {}
+        for name in ("first", "plain"):
+            command = [sys.executable, "-c", LOGITS, folder / f"{name}.gguf", folder / f"{name}.npy", json.dumps(ids)]
+            done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(done.stderr)
+            found[name] = np.load(folder / f"{name}.npy")
+        same = "the same bits" if np.array_equal(found["first"], found["plain"]) else "other logits"
+        print(f"llama-cpp-python {done.stdout.strip()}, {kind}: with and without routers {same}; ", end="")
+        print(f"against unmerged PEFT in float32 at most {np.abs(found['first'] - truth).max():.1e} apart", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["masks", "speed", "memory"])
-    parser.add_argument("model", nargs="?", type=Path, help="model folder, for masks and speed")
+    parser.add_argument("what", choices=["masks", "speed", "memory", "older"])
+    parser.add_argument("model", nargs="?", type=Path, help="model folder, for all but memory")
     parser.add_argument("--first", type=Path, default=RECIPE, help="recipe (default %(default)s)")
     parser.add_argument("--prompts", type=Path, help='JSONL with a "prompt" in each line (default: made up)')
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the checkpoint (default %(default)s)")
+    parser.add_argument("--shape", choices=SHAPES, help="instead, the shape of this model")
+    parser.add_argument("--limit", type=float, default=0.0, help="gigabytes that each process may allocate")
+    parser.add_argument("--older", type=Path, help="folder that 'pip install --target' filled")
+    parser.add_argument("--folder", type=Path, help="where the temporary files go")
     args = parser.parse_args()
     if args.what != "memory" and args.model is None:
         parser.error(f"{args.what} needs a model folder")
-    folder = Path(tempfile.mkdtemp(prefix="measure-convert-"))
+    if args.what == "older" and args.older is None:
+        parser.error("older needs --older FOLDER")
+    folder = Path(tempfile.mkdtemp(prefix="measure-convert-", dir=args.folder))
     try:
         if args.what == "masks":
             texts = prompts()
@@ -260,8 +331,15 @@ def main() -> None:
             masks(args.model, args.first, texts, folder)
         elif args.what == "speed":
             speed(args.model, args.first, folder, args.rounds)
+        elif args.what == "older":
+            older(args.model, args.first, args.older, folder)
         else:
-            memory(args.gigabytes, folder)
+            width = 2048
+            per_layer = 2 * width * width * (4 + 12)
+            layers = max(1, round(args.gigabytes * 1e9 / per_layer))
+            shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+            shape |= {"num_key_value_heads": 4, "head_dim": width // 4}
+            memory(SHAPES[args.shape] if args.shape else shape, args.limit, folder)
     finally:
         shutil.rmtree(folder)
 

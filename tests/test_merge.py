@@ -112,9 +112,8 @@ def test_architecture_without_an_output_tensor_refuses_an_untied_head(tiny_model
 @pytest.mark.parametrize("heads, kv", [(4, 4), (4, 2), (4, 1), (8, 2), (6, 2)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_row_permutation_of_grouped_queries(heads, kv, bias, tmp_path):
-    shape = {"num_attention_heads": heads, "num_key_value_heads": kv, "attention_bias": bias}
-    if tiny.WIDTH % heads:
-        shape["head_dim"] = 16
+    shape = {"num_attention_heads": heads, "num_key_value_heads": kv, "hidden_size": 16 * heads if heads > 4 else 64}
+    shape["attention_bias"] = bias
     model = tiny.make("llama", tmp_path / "hf", **shape)
     adapter = tiny.adapter(model, tmp_path / "adapter", target_modules=["q_proj", "k_proj"])
     convert(model, tmp_path / "out.gguf", lora=adapter)

@@ -66,6 +66,28 @@ def test_file_without_a_matrix_is_refused(wide):
         quantize.load_imatrix(wide)
 
 
+def test_types_are_all_that_llama_cpp_has():
+    import llama_cpp
+
+    known = {name: getattr(llama_cpp, name) for name in dir(llama_cpp) if name.startswith("LLAMA_FTYPE_MOSTLY_")}
+    found = {f"LLAMA_FTYPE_MOSTLY_{name.upper()}": number for name, number in quantize.TYPES.items() if number}
+    assert found.items() <= known.items()
+    left = {name.removeprefix("LLAMA_FTYPE_MOSTLY_") for name in known.keys() - found.keys()}
+    assert left <= {"NVFP4"}, left  # which llama-quantize does not offer
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q8_0", "q4_k_m", "q6_k"])
+@pytest.mark.parametrize("shape", [{"intermediate_size": 172}, {"hidden_size": 100, "head_dim": 16}])
+def test_rows_that_no_block_divides_are_listed_as_f16(shape, kind, tmp_path):
+    source = tiny.gguf(tiny.make("llama", tmp_path / "hf", **shape), tmp_path / "f32.gguf")
+    fallbacks = quantize.quantize(source, tmp_path / "q.gguf", kind)["fallbacks"]
+    odd = [entry for entry in fallbacks if entry["columns"] % 32]
+    assert odd and all(entry["got"] == "f16" for entry in odd)
+    found = types(tmp_path / "q.gguf")
+    assert all(found[entry["tensor"]].lower() == entry["got"].lower() for entry in fallbacks)
+    assert check.loads(tmp_path / "q.gguf", ()) == []
+
+
 @pytest.mark.parametrize("width, got", [(64, "q5_0"), (96, "q5_0")])
 def test_fallbacks_are_listed(width, got, tmp_path):
     model = tiny.make("llama", tmp_path / "hf", hidden_size=width)
