@@ -175,6 +175,20 @@ def test_synthetic_from_the_command_line_leaves_nothing_unless_kept(tmp_path, mo
         assert [file.name for file in cache.iterdir()] == ["qwen3-0.6b-q8_0.gguf"]
 
 
+def test_without_a_pruned_copy_the_line_is_fitted_to_the_forced_runs(tiny_model, monkeypatch):
+    def prune(*_):
+        raise InputError("split in pieces")
+
+    monkeypatch.setattr(bench_files, "prune", prune)
+    result = bench(str(tiny_model("llama")[1]), prompt_length=8, n_predict=2, repeats=1, skipped="1,2")
+    assert {run["mode"] for run in result["runs"]} == {"dense", "forced"}
+    for fit in result["fit"]:
+        rows = [run for run in result["runs"] if run["phase"] == fit["phase"]]
+        seconds = [1 / run["tokens_per_s"] for run in (rows[0], rows[2], rows[3])]  # dense, 1 and 2 skipped
+        layer, fixed = np.polyfit([4, 3, 2], seconds, 1)
+        assert fit["from"] == "forced" and (fit["fixed_s"], fit["layer_s"]) == pytest.approx((fixed, layer))
+
+
 @pytest.mark.parametrize("arch", ["llama", "qwen3moe"])
 def test_pruned_copy_computes_what_the_mask_does(arch, tiny_model, tmp_path):
     from first_convert.ggufio import Gguf
