@@ -230,7 +230,13 @@ class FirstBatch:
     def tokenize(self, text: str, add_bos: bool = True) -> list[int]:
         """Token ids of a prompt, with BOS where the model wants one and ``add_bos`` allows it."""
         self._check_open()
-        return self._model.tokenize(text.encode("utf-8"), add_bos and self._model.add_bos_token(), True)
+        try:
+            raw = text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"the prompt is not Unicode text: character {error.start} is half a surrogate pair"
+            ) from None
+        return self._model.tokenize(raw, add_bos and self._model.add_bos_token(), True)
 
     def threshold_for(self, skip: float) -> float:
         """The threshold that skips this share of layers on average, from 0 to 1. Raises InputError."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import queue
 import threading
@@ -14,28 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from fastapi import FastAPI, HTTPException
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
-from pyfirst.batch import FirstBatch, Request, Update
+from pyfirst.batch import FirstBatch, Request, Update, first_options
 from pyfirst.chat import ChatTemplate
 from pyfirst.errors import InputError
 from pyfirst.llama import Routing
-
-
-class FirstOptions(BaseModel):
-    """Our field of a request: how its layers are decided. At most one of them."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    threshold: float | None = None
-    skip: float | None = None
-    dense: bool = False
-    mask: list[bool] | None = None
 
 
 class Common(BaseModel):
@@ -44,35 +33,35 @@ class Common(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str | None = None
-    temperature: float = Field(0.8, ge=0, le=5)
-    top_p: float = Field(0.95, gt=0, le=1)
-    top_k: int = Field(40, ge=0)
-    min_p: float = Field(0.05, ge=0, le=1)
-    repeat_penalty: float = Field(1.0, gt=0)
+    temperature: float = 0.8
+    top_p: float = 0.95
+    top_k: int = 40
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
-    seed: int | None = Field(None, ge=0, lt=2**32)
+    seed: int | None = None
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: dict[str, Any] | None = None
     n: Literal[1] = 1
     user: str | None = None
-    first: FirstOptions = FirstOptions()
+    first: dict[str, Any] = {}
 
 
 class CompletionRequest(Common):
     """POST /v1/completions."""
 
     prompt: str | list[int]
-    max_tokens: int = Field(16, ge=1)
+    max_tokens: int = 16
 
 
 class ChatRequest(Common):
     """POST /v1/chat/completions."""
 
     messages: list[dict[str, Any]]
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
 
 
 @dataclass
@@ -84,10 +73,12 @@ class _Job:
     updates: asyncio.Queue[Update | BaseException]
     handle: int = -1
     routing: Routing | None = None
+    n_generated: int = 0
     cancelled: bool = False
 
     def put(self, item: Update | BaseException) -> None:
-        self.loop.call_soon_threadsafe(self.updates.put_nowait, item)
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever waited
+            self.loop.call_soon_threadsafe(self.updates.put_nowait, item)
 
 
 class Engine:
@@ -105,11 +96,14 @@ class Engine:
         self.inbox: queue.Queue[tuple[str, _Job] | None] = queue.Queue()
         self.n_tokens = self.n_requests = self.n_layers_kept = self.n_layers = 0
         self.busy_seconds = 0.0
+        self.closed = False
         self.thread = threading.Thread(target=self._work, name="first-engine", daemon=True)
         self.thread.start()
 
     def submit(self, request: Request) -> _Job:
-        """Queue a request from inside an event loop."""
+        """Queue a request from inside an event loop. Raises RuntimeError once the engine has been closed."""
+        if self.closed:
+            raise RuntimeError("the server is shutting down")
         job = _Job(request, asyncio.get_running_loop(), asyncio.Queue())
         self.inbox.put(("submit", job))
         return job
@@ -121,8 +115,14 @@ class Engine:
 
     def close(self) -> None:
         """End the thread; whoever still waits gets a RuntimeError."""
+        self.closed = True
         self.inbox.put(None)
         self.thread.join()
+
+    @property
+    def n_waiting(self) -> int:
+        """Requests without a sequence yet."""
+        return self.batch.n_waiting + self.inbox.qsize()
 
     def _take(self, item: tuple[str, _Job] | None) -> bool:
         """Act on one message; False ends the engine."""
@@ -152,16 +152,18 @@ class Engine:
                 pass
             start = time.perf_counter()
             try:
-                updates = self.batch.step()
+                for update in self.batch.step():
+                    self._deliver(update)
             except Exception as error:
                 for job in self.jobs.values():
                     self.batch.cancel(job.handle)
-                    job.put(error)
+                    job.put(RuntimeError(f"{type(error).__name__}: {error}"))
                 self.jobs.clear()
-                continue
             self.busy_seconds += time.perf_counter() - start
-            for update in updates:
-                self._deliver(update)
+        # Whoever came in meanwhile, or still waits.
+        with contextlib.suppress(queue.Empty):
+            while item := self.inbox.get_nowait():
+                item[1].put(RuntimeError("the server is shutting down"))
         for job in self.jobs.values():
             job.put(RuntimeError("the server is shutting down"))
         self.batch.close()
@@ -170,7 +172,8 @@ class Engine:
         job = self.jobs.get(update.request)
         if job is None:
             return
-        self.n_tokens += 1
+        self.n_tokens += update.n_generated - job.n_generated
+        job.n_generated = update.n_generated
         if job.routing is None:
             job.routing = self.batch.routing(update.request)
             assert job.routing is not None
@@ -197,20 +200,13 @@ class Engine:
                 self.n_tokens / max(self.busy_seconds, 1e-9),
             ),
             ("first_active_sequences", "gauge", "sequences at work", self.batch.n_active),
-            ("first_waiting_requests", "gauge", "requests without a sequence yet", self.batch.n_waiting),
+            ("first_waiting_requests", "gauge", "requests without a sequence yet", self.n_waiting),
         )
         return "".join(f"# HELP {n} {text}\n# TYPE {n} {kind}\n{n} {value}\n" for n, kind, text, value in rows)
 
 
 def _options(engine: Engine, body: Common) -> dict[str, Any]:
     """The part of a Request that does not depend on the kind of completion."""
-    first = body.first
-    if sum((first.threshold is not None, first.skip is not None, first.dense, first.mask is not None)) > 1:
-        raise InputError("first: give at most one of threshold, skip, dense and mask")
-    mask = np.ones(engine.batch.n_layer, bool) if first.dense else None if first.mask is None else np.array(first.mask)
-    threshold = first.threshold
-    if first.skip is not None:
-        threshold = engine.batch.threshold_for(first.skip)
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     return {
         "temperature": body.temperature,
@@ -222,8 +218,7 @@ def _options(engine: Engine, body: Common) -> dict[str, Any]:
         "presence_penalty": body.presence_penalty,
         "seed": body.seed,
         "stop": stop,
-        "mask": mask,
-        "threshold": threshold,
+        **first_options(engine.batch, body.first),
     }
 
 
@@ -262,11 +257,15 @@ def create_app(engine: Engine) -> FastAPI:
     async def http_error(_: HttpRequest, error: HTTPException) -> Response:
         return error_body(error.status_code, str(error.detail))
 
+    @app.exception_handler(RuntimeError)
+    async def our_fault(_: HttpRequest, error: RuntimeError) -> Response:
+        return error_body(503 if engine.closed else 500, str(error))
+
     def submit(tokens: list[int], max_tokens: int, body: Common) -> _Job:
         request = Request(tokens, max_tokens=max_tokens, **_options(engine, body))
         batch.check(request)
-        if batch.n_waiting >= engine.max_waiting:
-            raise HTTPException(503, f"{batch.n_waiting} requests are waiting already; try again later")
+        if engine.n_waiting >= engine.max_waiting:
+            raise HTTPException(503, f"{engine.n_waiting} requests are waiting already; try again later")
         return engine.submit(request)
 
     async def updates(job: _Job) -> AsyncIterator[Update]:
@@ -288,7 +287,7 @@ def create_app(engine: Engine) -> FastAPI:
         async def collect() -> tuple[str, str, int]:
             text, reason, n = "", "", 0
             async for update in updates(job):
-                text, reason, n = text + update.text, update.finish_reason or "", n + 1
+                text, reason, n = text + update.text, update.finish_reason or "", update.n_generated
             return text, reason, n
 
         async def gone() -> None:
@@ -333,7 +332,7 @@ def create_app(engine: Engine) -> FastAPI:
             n = 0
             try:
                 async for update in updates(job):
-                    n += 1
+                    n = update.n_generated
                     assert job.routing is not None
                     chunk = {
                         **base,
@@ -363,7 +362,8 @@ def create_app(engine: Engine) -> FastAPI:
         if template is None:
             raise InputError(template_error)
         tokens = batch.tokenize(template.render(body.messages), add_bos=False)
-        limit = body.max_completion_tokens or body.max_tokens or batch.n_ctx
+        given = (body.max_completion_tokens, body.max_tokens, batch.n_ctx)
+        limit = next(n for n in given if n is not None)
         return await respond(http, body, submit(tokens, limit, body), chat=True)
 
     @app.get("/v1/models")

@@ -21,7 +21,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=8080, help="default: 8080")
     parser.add_argument("--parallel", type=int, default=4, help="sequences at once (default: 4)")
-    parser.add_argument("-c", "--ctx", type=int, default=2048, help="tokens per sequence (default: 2048)")
+    parser.add_argument(
+        "-c",
+        "--ctx",
+        type=int,
+        default=2048,
+        help="tokens per sequence, never more than the model was trained for (default: 2048); times --parallel it "
+        "bounds the memory for keys and values",
+    )
     parser.add_argument("-t", "--threads", type=int, help="default: the CPUs this process may use")
     parser.add_argument("--queue", type=int, default=64, help="requests that may wait (default: 64); more get a 503")
     parser.add_argument("--threshold", type=float, help="a layer is kept when its mean score reaches this")
@@ -49,7 +56,13 @@ def serve(args: argparse.Namespace) -> None:
     )
     print(f"first-serve: {args.model} on http://{args.host}:{args.port}/v1", file=sys.stderr)
     level = "info" if args.verbose else "warning"
-    uvicorn.run(create_app(Engine(batch, args.queue)), host=args.host, port=args.port, log_level=level)
+    uvicorn.run(
+        create_app(Engine(batch, args.queue)),
+        host=args.host,
+        port=args.port,
+        log_level=level,
+        timeout_graceful_shutdown=5,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
