@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import psutil
 import pytest
 import tiny
 
 from pyfirst import FirstBatch, FirstLlama, InputError
+from pyfirst.batch import Request
+from pyfirst.llama import usable_cpus
 
 F32 = {"type_k": 0, "type_v": 0}
 MASKS = [[1, 0, 1, 1], [1, 1, 0, 1], [1, 0, 1, 1], None]
@@ -49,7 +56,7 @@ def test_a_solo_run_equals_first_llama(prefill, files):
         found = solo(path, prompt, 12)
         tokens = list(itertools.islice(llm.generate(prompt, temp=0.0), 12))
         eos = next((i for i, t in enumerate(tokens) if t == llm.token_eos()), len(tokens))
-        assert found[0].replace("\ufffd", "") == llm.detokenize(tokens[:eos]).decode("utf-8", "ignore")
+        assert found[0] == llm.detokenize(tokens[:eos]).decode("utf-8", "ignore")
         assert llm.routing is not None and found[1] == llm.routing.report()
 
 
@@ -86,24 +93,163 @@ def test_routed_prompts_decide_for_themselves(files):
     assert len(seen) > 1
 
 
-def test_a_shared_prefix_is_read_once(files, monkeypatch):
+@pytest.fixture
+def computed(monkeypatch):
+    """Counts the tokens that batches compute."""
+    counts: list[int] = []
+    decode = FirstBatch._decode
+
+    def count(self):
+        counts.append(self._batch.n_tokens)
+        decode(self)
+
+    monkeypatch.setattr(FirstBatch, "_decode", count)
+    return counts
+
+
+def answers(results) -> list[tuple[str, dict]]:
+    return [(r["choices"][0]["text"], r["first"]) for r in results]
+
+
+@pytest.mark.parametrize("kv_unified", [False, True])
+@pytest.mark.parametrize("masked", [False, True], ids=["routed", "forced"])
+def test_a_shared_prefix_is_read_once(masked, kv_unified, files, computed):
+    """Also where others begin differently, between calls, and after the first of them has long gone."""
     path = files["full"][2]
-    prefix = tiny.prompt(60, 5)
+    prefix, other = tiny.prompt(60, 5), tiny.prompt(20, 99)
     prompts = [prefix + tiny.prompt(6, seed=10 + i) for i in range(4)]
-    alone = [solo(path, p, 8) for p in prompts]
-    with FirstBatch(path, n_parallel=2, **F32) as batch:
-        computed = 0
-        decode = batch._decode
+    prompts.insert(1, other)
+    masks = [[[1, 0, 1, 1], [1, 1, 0, 1], None, [1, 1, 1, 0], [1, 0, 0, 1]][i] if masked else None for i in range(5)]
+    if masked:
+        masks[2] = [1, 1, 1, 1]
+    alone = [solo(path, p, 8, m) for p, m in zip(prompts, masks, strict=True)]
+    computed.clear()
+    with FirstBatch(path, n_parallel=3, kv_unified=kv_unified, **F32) as batch:
+        assert answers(batch.generate(prompts, max_tokens=8, masks=masks, temperature=0.0)) == alone
+        assert sum(computed) <= 60 + 4 * 6 + 20 + 5 * 8
+        computed.clear()
+        assert answers(batch.generate(prompts[::-1], max_tokens=8, masks=masks[::-1], temperature=0.0)) == alone[::-1]
+        assert sum(computed) <= 4 * 6 + 20 + 5 * 8
 
-        def count():
-            nonlocal computed
-            computed += batch._batch.n_tokens
-            decode()
 
-        monkeypatch.setattr(batch, "_decode", count)
-        results = batch.generate(prompts, max_tokens=8, temperature=0.0)
-    assert [(r["choices"][0]["text"], r["first"]) for r in results] == alone
-    assert computed <= 60 + 4 * (6 + 8)
+def test_in_skip_a_prefix_is_shared_where_the_mask_is_the_same(files, tiny_model, tmp_path, computed):
+    """The prompt itself obeys the mask, so the same tokens must have decided."""
+    from first_convert.convert import convert
+
+    folder, base = tiny_model("llama")
+    recipe = tiny.recipe(tmp_path / "r", folder, seed=3, prefill="skip", window=24)
+    convert(None, base_gguf=base, first=recipe, outfile=tmp_path / "m.gguf")
+    prefix = tiny.prompt(40, 5)
+    prompts = [prefix + tiny.prompt(6, seed=10 + i) for i in range(3)]
+    prompts += [prefix[:20] + tiny.prompt(26, seed=50), prefix + tiny.prompt(6, seed=10)]
+    for masks in (None, [[1, 0, 1, 1], [1, 0, 1, 1], [1, 1, 0, 1], None, [1, 1, 0, 1]]):
+        forced = masks or [None] * 5
+        alone = [solo(tmp_path / "m.gguf", p, 8, m) for p, m in zip(prompts, forced, strict=True)]
+        computed.clear()
+        with FirstBatch(tmp_path / "m.gguf", n_parallel=3, **F32) as batch:
+            assert answers(batch.generate(prompts, max_tokens=8, masks=masks, temperature=0.0)) == alone
+        assert sum(computed) < 5 * (46 + 8) - 2 * 30
+
+
+def test_random_prompts_that_share_beginnings_equal_solo(files):
+    """Random lengths, branches, masks and thresholds; sequences are reused all the time."""
+    for prefill in ("full", "skip"):
+        path = files[prefill][2]
+        rng = np.random.default_rng(4)
+        stems = [tiny.prompt(40, 1), tiny.prompt(40, 2)]
+        prompts, masks, counts = [], [], []
+        for _ in range(24):
+            stem = stems[rng.integers(2)][: rng.integers(10, 41)]
+            prompts.append(stem + tiny.prompt(int(rng.integers(1, 12)), seed=int(rng.integers(6))))
+            masks.append([None, [1, 0, 1, 1], None, [0, 1, 1, 0]][rng.integers(4)])
+            counts.append(int(rng.integers(1, 14)))
+        alone = [solo(path, p, n, m) for p, n, m in zip(prompts, counts, masks, strict=True)]
+        with FirstBatch(path, n_parallel=3, n_batch=32, **F32) as batch:
+            for _ in range(2):
+                found = batch.generate(prompts, max_tokens=counts, masks=masks, temperature=0.0)
+                assert answers(found) == alone
+
+
+@pytest.mark.parametrize("prefill", ["full", "skip"])
+def test_neighbours_change_no_score(prefill, files):
+    """Alone, beside longer neighbours, in any place: the same mask, and scores within rounding."""
+    folder, recipe, path = files[prefill]
+    prompt = [*tiny.prompt(14, 1), 2]  # ends in the token that ends texts
+    mask, scores = tiny.decide(folder, recipe, prompt)
+    for place in range(3):
+        with FirstBatch(path, n_parallel=3, **F32) as batch:
+            others = [Request(tiny.prompt(n, n), max_tokens=4) for n in (30, 61)]
+            others.insert(place, Request(prompt, max_tokens=4))
+            handles = [batch.submit(request) for request in others]
+            while batch.routing(handles[place]) is None:
+                batch.step()
+            routing = batch.routing(handles[place])
+        assert routing is not None and (routing.mask == mask).all()
+        np.testing.assert_allclose(routing.scores, scores, atol=1e-5)
+
+
+def test_several_streams_and_threads_share_the_batch(files):
+    path = files["full"][2]
+    prompts = [tiny.prompt(10, i) for i in range(12)]
+    alone = [solo(path, p, 10)[0] for p in prompts]
+    with FirstBatch(path, n_parallel=3, **F32) as batch:
+        streams = [batch.generate([p], max_tokens=10, temperature=0.0, stream=True) for p in prompts]
+        found = [""] * 12
+        for parts in itertools.zip_longest(*streams):
+            for i, part in enumerate(parts):
+                found[i] += part[1]["choices"][0]["text"] if part else ""
+        assert found == alone
+        with ThreadPoolExecutor(6) as pool:
+            calls = [pool.submit(batch.generate, [p], max_tokens=10, temperature=0.0) for p in prompts]
+            assert [texts(call.result(60))[0] for call in calls] == alone
+        assert batch.n_active == batch.n_waiting == 0
+        abandoned = batch.generate(prompts, max_tokens=10, stream=True)
+        del abandoned  # never begun
+        assert batch.n_waiting == 0
+
+
+def test_each_prompt_has_its_own_sampling_and_stops(files):
+    path = files["full"][2]
+    prompts = [tiny.prompt(10, i) for i in range(3)]
+    with FirstBatch(path, **F32) as batch:
+        whole = texts(batch.generate(prompts, max_tokens=24, temperature=0.0))
+        stops = [whole[0][5:7], None, [whole[2][9:11], whole[2][3:6]]]
+        found = batch.generate(prompts, max_tokens=24, temperature=0.0, stop=stops)
+        assert texts(found) == [whole[0][: whole[0].index(stops[0])], whole[1], whole[2][: whole[2].index(stops[2][1])]]
+        assert [r["choices"][0]["finish_reason"] for r in found][::2] == ["stop", "stop"]
+        mixed = batch.generate(prompts, max_tokens=[4, 24, 9], temperature=[0.0, 2.0, 0.0], top_k=[40, 1, 40], seed=5)
+        assert [r["usage"]["completion_tokens"] for r in mixed][::2] == [4, 9]
+        assert whole[0].startswith(texts(mixed)[0]) and texts(mixed)[1] == whole[1]  # top_k of 1 is greedy
+
+
+def test_memory_stays_what_was_claimed(files):
+    with FirstBatch(files["full"][2], n_parallel=4, n_ctx=256, **F32) as batch:
+        memory = psutil.Process()
+        prompts = [tiny.prompt(200 + i % 40, i) for i in range(40)]
+        batch.generate(prompts, max_tokens=100, temperature=1.0, seed=1)
+        before = memory.memory_info().rss
+        for _ in range(3):
+            batch.generate(prompts, max_tokens=100, temperature=1.0, seed=1)
+        assert memory.memory_info().rss - before < 1e6
+        assert not batch._routings and not batch._mail
+
+
+def test_it_is_quiet_and_ends_quietly(files):
+    code = (
+        "import sys; from pyfirst import FirstBatch\n"
+        f"b = FirstBatch({str(files['full'][2])!r}, n_parallel=2)\n"
+        "s = b.generate(['the quick', 'fox'], max_tokens=9, stream=True); next(s)\n"
+        "print(b.n_threads); sys.exit(3)"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (3, "")
+    assert int(done.stdout) == usable_cpus()
+
+
+def test_the_context_is_no_longer_than_the_models(files):
+    with FirstBatch(files["full"][2], n_ctx=100_000, n_parallel=2, **F32) as batch:
+        assert batch.n_ctx == 512
 
 
 def test_stream_equals_the_whole_and_stops_hide_stop_strings(files):
@@ -167,6 +313,12 @@ def test_bad_requests_are_value_errors_and_others_go_on(files, tmp_path):
             {"prompts": [good], "max_tokens": 0},
             {"prompts": [good], "temperature": [0.1, 0.2]},
             {"prompts": [good], "tempreature": 0.1},
+            {"prompts": [good], "temperature": -0.1},
+            {"prompts": [good], "top_p": float("nan")},
+            {"prompts": [good], "seed": 2**32 - 1},
+            {"prompts": [good], "stop": [None, ["x"]]},
+            {"prompts": [good], "threshold": float("inf")},
+            {"prompts": ["\ud800"]},
         ):
             with pytest.raises(InputError):
                 batch.generate(**arguments)
