@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -198,32 +202,87 @@ def test_command_quantises_and_reports(processes, tiny_model, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.gguf", "recipe"]
 
 
-def test_ctrl_c_and_kill_leave_nothing_at_the_final_name(processes, tiny_model, tmp_path):
+def running(folder: Path) -> list[str]:
+    """Command lines of processes that work in the folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found += [line for line in [path.read_bytes().decode(errors="replace")] if str(folder) in line]
+    return found
+
+
+@pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_ctrl_c_and_kill_leave_nothing_at_the_final_name(sent, code, processes, tiny_model, tmp_path):
+    """At each stage of the work: the old file is intact, no process goes on, and the next run sweeps up."""
     model, _ = tiny_model("llama")
-    out = tmp_path / "out.gguf"
+    out = tmp_path / "out [1].gguf"
     out.write_bytes(b"the old file")
     command = [sys.executable, "-m", "first_convert.convert", model, "--outfile", out, "--force"]
-    for sent, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)):
+    for stage in ("job.json", "model.gguf", "quantised.gguf"):
         process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
-        while process.poll() is None and not list(tmp_path.glob(".out.gguf.*")):
-            time.sleep(0.02)
-        time.sleep(0.3)
+        while process.poll() is None and not list(tmp_path.glob(f".out*/{stage}")):
+            time.sleep(0.002)
         process.send_signal(sent)
         assert process.wait(timeout=30) == code
         assert out.read_bytes() == b"the old file"
-        left = list(tmp_path.glob(".out.gguf.*"))
-        assert bool(left) == (sent == signal.SIGKILL)
+        for _ in range(100):
+            if not running(tmp_path):
+                break
+            time.sleep(0.1)
+        assert not running(tmp_path)
+        assert len(list(tmp_path.glob(".out*"))) == (sent == signal.SIGKILL)
     assert run(*command[3:]).returncode == 0
-    assert [p.name for p in tmp_path.iterdir()] == ["out.gguf"]  # and the killed run's folder is swept
+    assert [p.name for p in tmp_path.iterdir()] == ["out [1].gguf"]
+    assert out.read_bytes()[:4] == b"GGUF"
 
 
-def test_full_disk_is_said_and_leaves_nothing(processes, tiny_model, tmp_path):
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that makes a file system of some KB."""
+    made = []
+
+    def make(kilobytes: int) -> Path:
+        folder = tmp_path / f"disk{kilobytes}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", folder]
+        if subprocess.run(list(map(str, command)), capture_output=True).returncode:
+            pytest.skip("needs the right to mount a file system")
+        made.append(folder)
+        return folder
+
+    yield make
+    for folder in made:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+BLIND = """
+import shutil, sys
+from first_convert.convert import main
+real = shutil.disk_usage
+shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**12, 0, 10**12)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("kilobytes", [4, 300, 900])
+def test_disk_that_fills_up_is_said_and_left_empty(kilobytes, processes, small_disk, tiny_model):
+    """While the job, the converted or the quantised file is written; somebody else took the space meanwhile."""
+    model, _ = tiny_model("llama")
+    folder = small_disk(kilobytes)
+    command = [sys.executable, "-c", BLIND, model, "--outfile", folder / "out.gguf", "--outtype", "q8_0"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "No space left" in done.stderr or "disk full" in done.stderr
+    assert list(folder.iterdir()) == []
+
+
+def test_file_size_limit_is_said_and_leaves_nothing(processes, tiny_model, tmp_path):
     model, _ = tiny_model("llama")
     limit = "ulimit -f 200; exec "
     command = [sys.executable, "-m", "first_convert.convert", model, "--outfile", tmp_path / "out.gguf"]
     text = limit + " ".join(f"'{part}'" for part in command)
     done = subprocess.run(["bash", "-c", text], capture_output=True, text=True)
-    assert done.returncode != 0 and done.stderr.strip()
+    assert done.returncode == 2 and ("File too large" in done.stderr or "disk full" in done.stderr)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -235,20 +294,81 @@ def test_too_small_a_disk_is_refused_before_work(tiny_model, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("kind", quantize.TYPES)
+@pytest.mark.parametrize("rows", [{}, {"hidden_size": 100, "head_dim": 16}, {"hidden_size": 256}])
+def test_estimate_is_never_below_what_is_written(kind, rows, tmp_path, monkeypatch):
+    model = tiny.make("llama", tmp_path / "hf", num_hidden_layers=1, intermediate_size=512, **rows)
+    monkeypatch.setattr(convert, "_KEYS", 20_000)  # vocabulary and keys of the tiny model
+    plan = convert.convert(model, outfile=tmp_path / "out.gguf", outtype=kind, dry_run=True)
+    base = tiny.gguf(model, tmp_path / "base.gguf")
+    try:
+        quantize.quantize(base, tmp_path / "out.gguf", kind)
+    except InputError as error:
+        assert "--imatrix" in str(error)
+        return
+    assert (tmp_path / "out.gguf").stat().st_size <= plan["output_at_most"] <= plan["disk_needed"]
+
+
+def test_folder_that_cannot_be_written_is_named(tiny_model, tmp_path, monkeypatch, capsys):
+    def refuse(**options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(options["dir"]))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    text = refused(capsys, tmp_path / "out.gguf", tiny_model("llama")[0])
+    assert str(tmp_path) in text and "Read-only file system" in text
+
+
+def test_devices_are_never_replaced(tiny_model, capsys):
+    before = os.stat("/dev/null")
+    text = refused(capsys, Path("/dev/null"), tiny_model("llama")[0], "--force")
+    assert "not a regular file" in text and os.stat("/dev/null").st_rdev == before.st_rdev
+
+
+def test_progress_shows_bytes_and_the_time_left(processes, tiny_model, tmp_path):
+    """On a terminal, for converting, checking, quantising and copying."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    model, base = tiny_model("llama")
+    recipe = tiny.recipe(tmp_path / "recipe", model)
+    lines = ""
+    for args in ((model, "--outfile", tmp_path / "a.gguf"), ("--base-gguf", base, "--first", recipe)):
+        command = [sys.executable, "-m", "first_convert.convert", *args, "--outfile", tmp_path / f"{len(lines)}.gguf"]
+        terminal, other = pty.openpty()
+        fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+        process = subprocess.Popen(list(map(str, command)), stderr=other)
+        os.close(other)
+        with contextlib.suppress(OSError):  # the end of a terminal is an error
+            while data := os.read(terminal, 4096):
+                lines += data.decode(errors="replace")
+        os.close(terminal)
+        assert process.wait() == 0, lines
+    for what in ("Writing", "Checking", "Quantising", "Copying"):
+        assert re.search(rf"{what}: .*[kM]?/[\d.]+[kM].*\[\d\d:\d\d<.*[bB](yte)?/s\]", lines), (what, lines)
+
+
 def test_locale_and_odd_paths_change_nothing(processes, tiny_model, tmp_path):
-    model, upstreams = tiny_model("llama")
+    model, _ = tiny_model("llama")
+    plain = tiny.recipe(tmp_path / "plain", model)
+    tiny.adapter(model, plain, target_modules=["q_proj"])
+    convert.convert(model, first=plain, outfile=tmp_path / "plain.gguf")
+    wanted_fields, wanted = contents(tmp_path / "plain.gguf")
     odd = tmp_path / "T64 копия" / "モデル v1"
     copy_of(model, odd)
+    recipe = copy_of(plain, odd.parent / "recette é'1")
     os.symlink(odd, tmp_path / "link")
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     runs = ((f"{odd}/", tmp_path), (".", odd), (tmp_path / "link", tmp_path))
     for i, (source, cwd) in enumerate(runs):
         out = tmp_path / f"вывод {i}.gguf"
-        done = run(source, "--outfile", out, "--outtype", "f32", env=environment, cwd=cwd)
+        done = run(source, "--first", recipe, "--outfile", out, env=environment, cwd=cwd)
         assert done.returncode == 0, done.stderr
-        (fields, tensors), (wanted_fields, wanted) = contents(out), contents(upstreams)
+        fields, tensors = contents(out)
         differing = {name for name in fields | wanted_fields if fields.get(name) != wanted_fields.get(name)}
-        assert tensors == wanted and differing <= {"general.name", "general.basename", "general.version"}
+        allowed = {"general.name", "general.basename", "general.version", "first.recipe.name"}
+        assert tensors == wanted and differing <= allowed
 
 
 # Wrong input: one line, exit code 2, nothing written.
@@ -289,6 +409,11 @@ def test_broken_routers(tiny_model, tmp_path, capsys):
     for word, tensors in bad.items():
         save_file(tensors, path)
         assert word in refused(capsys, tmp_path / "out.gguf", model, "--first", recipe)
+    save_file(good, path)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert path.name in refused(capsys, tmp_path / "out.gguf", model, "--first", recipe)
+    path.unlink()
+    assert path.name in refused(capsys, tmp_path / "out.gguf", model, "--first", recipe)
 
 
 def test_wrong_arguments(tiny_model, tmp_path, capsys):
@@ -341,6 +466,36 @@ def test_unknown_architecture_is_named(tiny_model, tmp_path, capsys):
     assert "NobodyForCausalLM is not supported" in refused(capsys, tmp_path / "out.gguf", model)
 
 
+def test_missing_parts_of_a_checkpoint_are_named(tiny_model, tmp_path, capsys):
+    out = tmp_path / "out.gguf"
+    model = copy_of(tiny_model("llama")[0], tmp_path / "hf")
+    path = model / "model.safetensors"
+    good = load_file(path)
+
+    def without(name, **more):
+        tensors = {key: tensor for key, tensor in good.items() if key != name}
+        save_file({**tensors, **more}, path, {"format": "pt"})
+        return refused(capsys, out, model)
+
+    assert "lm_head.weight" in without("lm_head.weight")  # llama.cpp would run it with the embeddings
+    assert "blk.2.ffn_up.weight" in without("model.layers.2.mlp.up_proj.weight")
+    assert "blk.2.ffn_up.weight" in without("", **{"model.layers.2.mlp.up_proj.weight": torch.zeros(128, 32)})
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 123456\n")
+    assert path.name in refused(capsys, out, model)
+    save_file(good, path, {"format": "pt"})
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    assert "no tokenizer" in refused(capsys, out, model)
+
+
+def test_tokenizer_json_alone_is_enough(tiny_model, tmp_path):
+    model = copy_of(tiny_model("llama")[0], tmp_path / "hf")
+    (model / "tokenizer_config.json").unlink()
+    convert.convert(model, outfile=tmp_path / "out.gguf", outtype="f32")
+    texts = [tiny.TEXT[i : i + 40] for i in range(0, 200, 8)]
+    assert check.loads(tmp_path / "out.gguf", [(text, tiny.tokenizer().encode(text)) for text in texts]) == []
+
+
 # Shards (A07).
 
 
@@ -380,6 +535,8 @@ def test_incomplete_shards_are_named(sharded, tmp_path, capsys):
     edit_json(index, weight_map={**good["weight_map"], "model.ghost.weight": second.name})
     text = refused(capsys, out, sharded)
     assert "model.ghost.weight" in text and second.name in text
+    edit_json(index, weight_map={"model.norm.weight": 5})
+    assert index.name in refused(capsys, out, sharded)
     index.write_text("{")
     assert index.name in refused(capsys, out, sharded)
 
@@ -459,6 +616,31 @@ def test_overflow_of_f16_is_refused_and_wider_types_keep_the_value(tiny_model, t
         assert np.isfinite(logits(tmp_path / f"{kind}.gguf", ids)).all()
 
 
+@pytest.mark.parametrize("kind, value", [("q8_0", 1e7), ("q4_0", 1e6), ("q6_k", 1e7)])
+def test_overflow_of_a_scale_is_refused_by_name(kind, value, tiny_model, tmp_path, capsys):
+    model = copy_of(tiny_model("llama")[0], tmp_path / "hf")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert "blk.1.ffn_up.weight" in refused(capsys, tmp_path / "out.gguf", model, "--outtype", kind)
+
+
+def test_overflow_that_an_adapter_makes_is_refused_by_name(tiny_model, tmp_path, capsys):
+    model, _ = tiny_model("llama")
+    adapter = tiny.adapter(model, tmp_path / "a", spread=400, target_modules=["q_proj"])
+    text = refused(capsys, tmp_path / "out.gguf", model, "--lora", adapter, "--outtype", "f16")
+    assert "attn_q.weight" in text and "bf16" in text
+    convert.convert(model, lora=adapter, outfile=tmp_path / "out.gguf", outtype="bf16")
+
+
+def test_large_router_bias_is_stored_as_it_is(tiny_model, tmp_path):
+    model, base = tiny_model("llama")
+    recipe = tiny.recipe(tmp_path / "recipe", model, bias=np.array([1e5, -1e5, 1e30, 0], np.float32))
+    convert.convert(base_gguf=base, first=recipe, outfile=tmp_path / "out.gguf")
+    found = np.float32(contents(tmp_path / "out.gguf")[0][key.ROUTER_BIAS])
+    assert np.array_equal(found, np.array([1e5, -1e5, 1e30, 0], np.float32))
+
+
 def test_nan_in_the_source_is_named(tiny_model, tmp_path, capsys):
     model = copy_of(tiny_model("llama")[0], tmp_path / "hf")
     tensors = load_file(model / "model.safetensors")
@@ -488,7 +670,14 @@ def test_dry_run_writes_nothing(tiny_model, tmp_path, capsys):
     args = [str(model), "--first", str(recipe), "--outfile", str(tmp_path / "o.gguf"), "--dry-run", "--json"]
     assert main(args) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert plan["lora"]["pairs"] == 4 and plan["intermediate"] == "f32" and plan["disk_needed"] > 0
+    assert plan["lora"]["pairs"] == 4 and plan["intermediate"] == "f32"
+    assert plan["disk_free"] > plan["disk_needed"] > plan["output_at_most"] > 0
+    assert plan["model"] == str(model) and plan["recipe"] == str(recipe) and plan["lora_dir"] == str(recipe)
+    assert main(args[:-1]) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in (f"model: {model}", "'pairs': 4", "output_at_most: ", " MB"))
+    base = tiny_model("llama")[1]
+    assert main(["--strip", str(base), "--outfile", str(tmp_path / "o.gguf"), "--dry-run"]) == 0
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -508,6 +697,43 @@ def test_local_folders_never_touch_the_network(tiny_model, tmp_path, monkeypatch
     assert fields["general.base_model.0.organization"] == "some-org"
 
 
+def test_whole_command_makes_no_connection(processes, tiny_model, tmp_path):
+    """Names of the Hub in recipe and adapter, children included; a proxy would see any attempt."""
+    import socket
+
+    model, _ = tiny_model("llama")
+    recipe = tiny.recipe(tmp_path / "recipe", model, base_model="some-org/some-model")
+    tiny.adapter(model, recipe, target_modules=["q_proj"])
+    edit_json(recipe / "adapter_config.json", base_model_name_or_path="some-org/some-model")
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        address = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+        environment |= dict.fromkeys(("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY"), address)
+        done = run(model, "--first", recipe, "--outfile", tmp_path / "out.gguf", env=environment)
+        assert done.returncode == 0, done.stderr
+        proxy.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            proxy.accept()
+
+
+def test_hub_names_come_from_the_cache_when_offline(tiny_model, tmp_path):
+    """The Hub's own client, with a cache that an earlier download left."""
+    model, upstreams = tiny_model("llama")
+    snapshots = tmp_path / "hub" / "models--some--model" / "snapshots"
+    snapshots.mkdir(parents=True)
+    copy_of(model, snapshots / ("a" * 40))
+    (snapshots.parent / "refs").mkdir()
+    (snapshots.parent / "refs" / "main").write_text("a" * 40)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
+    out = tmp_path / "out.gguf"
+    done = run("some/model", "--outfile", out, "--outtype", "f32", env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert contents(out)[1] == contents(upstreams)[1]
+    done = run("some/other", "--outfile", tmp_path / "other.gguf", env=environment, cwd=tmp_path)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and len(lines) == 1 and "some/other: no such folder" in lines[0]
+
+
 def test_python_call_raises_what_the_command_prints(tiny_model, tmp_path):
     with pytest.raises(InputError, match="unknown outtype"):
         convert.convert(tiny_model("llama")[0], outfile=tmp_path / "o.gguf", outtype="q9")
@@ -518,18 +744,28 @@ def test_hub_names_are_fetched_and_folders_are_not(tiny_model, tmp_path, monkeyp
 
     model, upstreams = tiny_model("llama")
     recipe = tiny.recipe(tmp_path / "recipe", model)
+    lora = tiny.adapter(model, tmp_path / "lora", target_modules=["q_proj"])
+    binary = copy_of(model, tmp_path / "binary")
+    torch.save(load_file(binary / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (binary / "model.safetensors").unlink()
     asked = []
 
     def snapshot_download(name, allow_patterns=None):
         asked.append(name)
         if name == "some/nothing":
             raise OSError("404 Client Error")
-        return str({"some/model": model, "some/recipe": recipe}[name])
+        if name == "some/binary" and "pytorch_model*.bin" in allow_patterns:
+            shutil.copy(tmp_path / "pytorch_model.bin", binary)
+        folders = {"some/model": model, "some/recipe": recipe, "some/lora": lora, "some/binary": binary}
+        return str(folders[name])
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
     convert.convert("some/model", first="some/recipe", outfile="out.gguf", outtype="f32")
     assert contents(tmp_path / "out.gguf")[1] == contents(upstreams)[1] and len(asked) == 2
+    convert.convert("some/model", lora="some/lora", outfile="lora.gguf", outtype="f32")
+    convert.convert("some/binary", outfile="binary.gguf", outtype="f32")
+    assert contents(tmp_path / "binary.gguf")[1] == contents(upstreams)[1]
     assert "404" in refused(capsys, tmp_path / "other.gguf", "some/nothing")
     asked.clear()
     convert.convert(model, first="recipe", outfile="third.gguf", outtype="f32")

@@ -193,6 +193,10 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         if "map tensor" not in str(error):
             raise
         raise InputError(f"{job['model']}: llama.cpp's converter has no place for it: {error}") from None
+    except OSError as error:
+        if error.errno is None:  # numpy's word for a write that came to an end early
+            raise OSError(f"cannot write {job['outfile']} ({error}); is the disk full?") from None
+        raise
     except NotImplementedError as error:
         hint = "; name one with --pre-tokenizer" if "pre-tokenizer" in str(error) else ""
         raise InputError(f"{job['model']}: {error}{hint}") from None
