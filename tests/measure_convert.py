@@ -249,7 +249,10 @@ def synthetic(folder: Path, shape: dict[str, int], shard: int = 500 << 20) -> in
 
 def memory(shape: dict[str, int], limit: float, folder: Path) -> None:
     # In a process of its own: a child begins with the peak of the process that starts it.
-    largest = multiprocessing.get_context("spawn").Pool(1).apply(synthetic, (folder, shape))
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        largest = pool.apply(synthetic, (folder, shape))
+        pool.close()
+        pool.join()
     size = sum(path.stat().st_size for path in (folder / "hf").glob("*.safetensors"))
     if limit:
         resource.setrlimit(resource.RLIMIT_DATA, (int(limit * 1e9),) * 2)

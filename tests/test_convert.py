@@ -294,19 +294,22 @@ def test_too_small_a_disk_is_refused_before_work(tiny_model, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", quantize.TYPES)
 @pytest.mark.parametrize("rows", [{}, {"hidden_size": 100, "head_dim": 16}, {"hidden_size": 256}])
-def test_estimate_is_never_below_what_is_written(kind, rows, tmp_path, monkeypatch):
+def test_estimate_is_never_below_what_is_written(rows, tmp_path, monkeypatch):
+    """For every type, with rows that fit its blocks and rows that do not."""
     model = tiny.make("llama", tmp_path / "hf", num_hidden_layers=1, intermediate_size=512, **rows)
-    monkeypatch.setattr(convert, "_KEYS", 20_000)  # vocabulary and keys of the tiny model
-    plan = convert.convert(model, outfile=tmp_path / "out.gguf", outtype=kind, dry_run=True)
     base = tiny.gguf(model, tmp_path / "base.gguf")
-    try:
-        quantize.quantize(base, tmp_path / "out.gguf", kind)
-    except InputError as error:
-        assert "--imatrix" in str(error)
-        return
-    assert (tmp_path / "out.gguf").stat().st_size <= plan["output_at_most"] <= plan["disk_needed"]
+    monkeypatch.setattr(convert, "_KEYS", 20_000)  # vocabulary and keys of the tiny model
+    out = tmp_path / "out.gguf"
+    written = 0
+    for kind in quantize.TYPES:
+        out.unlink(missing_ok=True)
+        plan = convert.convert(model, outfile=out, outtype=kind, dry_run=True)
+        with contextlib.suppress(InputError):  # types that need an importance matrix
+            quantize.quantize(base, out, kind)
+            assert out.stat().st_size <= plan["output_at_most"] <= plan["disk_needed"], kind
+            written += 1
+    assert written > 20
 
 
 def test_folder_that_cannot_be_written_is_named(tiny_model, tmp_path, monkeypatch, capsys):
