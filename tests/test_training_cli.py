@@ -156,6 +156,14 @@ def test_gates_learn_with_the_lora(folder, data, tmp_path, monkeypatch):
         assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
+def test_rounds_train_between_searches(folder, data, tmp_path, capsys):
+    assert main(arguments(folder, data, tmp_path / "out", "--rounds", "2", "--target-skip", "0.5")) == 0
+    config = load_recipe(tmp_path / "out").config
+    kept = [phase["log"][-1]["kept"] for phase in config.training["phases"]]
+    assert kept == [1.0, 0.75, 0.5]
+    assert capsys.readouterr().err.count("a mask for each task, tried") == 2
+
+
 @pytest.mark.parametrize("kind", ["greedy", "loo", "even", "random", "2"])
 def test_static_gives_every_prompt_the_same_mask(folder, data, tmp_path, kind):
     assert main(arguments(folder, data, tmp_path / "out", "--static", kind)) == 0
@@ -242,6 +250,7 @@ def test_missed_budget_is_told(folder, data, tmp_path, capsys):
         (["--phase", "lora"], "--recipe"),
         (["--static", "best"], "--static 'best'"),
         (["--static", "3"], "layer 3"),
+        (["--static", "loo", "--rounds", "2"], "--rounds"),
         (["--static", "loo", "--objective", "paper"], "--objective search"),
         (["--max-length", "18"], "usable examples"),
         (["-m", "/no/such/dir"], "no such directory"),

@@ -39,6 +39,8 @@ class Phase:
         soft: the paper's token-level gates and loss.
         steer: the threshold follows the scores, which move with a LoRA even if the routers are frozen.
         forced: every example gets the mask of its task.
+        share: of the layers to skip, how much is gone when the phase begins.
+        last: the learning rate falls to zero.
     """
 
     name: str
@@ -49,17 +51,23 @@ class Phase:
     soft: bool = False
     steer: bool = False
     forced: bool = False
+    share: float = 1.0
+    last: bool = True
 
 
-def plan(phase: str, objective: str, steps: int) -> list[Phase]:
+def plan(phase: str, objective: str, steps: int, rounds: int = 1) -> list[Phase]:
     """The phases of ``--phase`` and ``--objective``, at least one step each."""
     if phase == "lora":
         return [Phase("lora", steps, lora=True)]
     if objective == "search":
-        warm = max(1, steps // 5)
-        phases = [Phase("warm-up", warm, lora=True, dense=True)]
-        phases.append(Phase("lora", max(1, steps - warm), lora=True, forced=True))
-        return [] if phase == "routers" else phases
+        if phase == "routers":
+            return []
+        warm, part = max(1, steps // 5), max(1, steps // 8)
+        phases = [Phase("warm-up", warm, lora=True, dense=True, last=False)]
+        for i in range(1, rounds):
+            phases.append(Phase(f"round-{i}", part, lora=True, forced=True, share=i / rounds, last=False))
+        rest = max(1, steps - warm - part * (rounds - 1))
+        return [*phases, Phase("lora", rest, lora=True, forced=True)]
     if objective == "paper":
         first = steps if phase == "routers" else max(1, steps // 2)
         routers = Phase("routers", first, routers=True, soft=True)
@@ -68,7 +76,7 @@ def plan(phase: str, objective: str, steps: int) -> list[Phase]:
         return [Phase("routers", steps, routers=True, steer=True)]
     warm, joint = max(1, steps // 5), max(1, 2 * steps // 5)
     return [
-        Phase("warm-up", warm, lora=True, dense=True),
+        Phase("warm-up", warm, lora=True, dense=True, last=False),
         Phase("joint", joint, routers=True, lora=True, steer=True),
         Phase("lora", max(1, steps - warm - joint), lora=True, steer=True),
     ]
@@ -242,7 +250,7 @@ def run_phase(
             gradient_accumulation_steps=options.grad_accum,
             max_steps=phase.steps,
             learning_rate=options.lr,
-            lr_scheduler_type="constant_with_warmup" if phase.dense else "cosine",
+            lr_scheduler_type="cosine" if phase.last else "constant_with_warmup",
             warmup_steps=min(10, phase.steps // 10),
             max_grad_norm=0,
             logging_strategy="no",

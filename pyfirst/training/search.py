@@ -56,7 +56,11 @@ def _whole(model: FirstModel, examples: Sequence[Example]) -> Trial:
 
 
 def search(
-    trials: Sequence[Trial], protected: torch.Tensor, removals: int, say: Callable[[str], None] = lambda text: None
+    trials: Sequence[Trial],
+    protected: torch.Tensor,
+    removals: int,
+    say: Callable[[str], None] = lambda text: None,
+    before: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Remove ``removals`` layers from the masks of G tasks, always the one that costs its task least.
 
@@ -66,14 +70,19 @@ def search(
     Args:
         trials: one for each task.
         protected: bool [L], layers that stay.
-        removals: of layers, over all tasks together.
+        removals: of layers, over all tasks together and with those that are gone before.
         say: told of every removal.
+        before: targets [G, L] of an earlier search; what it removed stays removed.
 
     Returns the masks bool [G, L] and targets float32 [G, L] for the routers, rising with a layer's worth:
     -SPREAD for the first removed to -MARGIN for the last, MARGIN to SPREAD for those that stay.
     Raises InputError if the model gives values that are not finite.
     """
     masks = torch.ones(len(trials), len(protected), dtype=torch.bool)
+    removed: list[tuple[int, int]] = []
+    if before is not None:
+        masks = before > 0
+        removed = sorted(map(tuple, (~masks).nonzero().tolist()), key=lambda place: float(before[place]))
     device = protected.device
     loss = [float(run(mask.to(device)).mean()) for run, mask in zip(trials, masks, strict=True)]
     tried = [0] * len(trials)
@@ -87,9 +96,8 @@ def search(
         return delta, group, layer, tried[group]
 
     free = (~protected).nonzero()[:, 0].tolist()
-    queue = [cost(group, layer) for group in range(len(trials)) for layer in free]
+    queue = [cost(group, layer) for group in range(len(trials)) for layer in free if masks[group, layer]]
     heapq.heapify(queue)
-    removed: list[tuple[int, int]] = []
     while len(removed) < removals and queue:
         delta, group, layer, when = heapq.heappop(queue)
         if when != tried[group]:
@@ -115,8 +123,8 @@ def static_mask(kind: str, protected: torch.Tensor, removals: int, pooled: Trial
     """One mask bool [L] for every prompt.
 
     Args:
-        kind: "loo", without the layers whose absence alone costs least; "greedy", ``search`` over all examples;
-            "even", without evenly spaced layers; "random"; or the layers to leave out, comma-separated.
+        kind: "loo", without the layers whose absence alone costs least; "even", without evenly spaced layers;
+            "random"; or the layers to leave out, comma-separated.
         protected: bool [L].
         removals: number of layers to leave out.
         pooled: the trial over examples of all tasks.
@@ -126,8 +134,6 @@ def static_mask(kind: str, protected: torch.Tensor, removals: int, pooled: Trial
     """
     free = (~protected).nonzero()[:, 0].tolist()
     mask = torch.ones(len(protected), dtype=torch.bool)
-    if kind == "greedy":
-        return search([pooled], protected, removals)[0][0]
     if kind == "loo":
         costs = []
         for layer in free:
@@ -159,13 +165,15 @@ def choose(
     batch_size: int,
     seed: int,
     say: Callable[[str], None],
+    before: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Masks bool [G, L] and targets float32 [G, L] for ``tasks``, as ``search`` gives them.
 
     Args:
         examples: what layers are tried on, some of every task.
-        static: None to search a mask for each task, or a kind of ``static_mask``.
+        static: None to search a mask for each task, "greedy" to search one for all, or a kind of ``static_mask``.
         skip: share of all layers to leave out.
+        before: targets of an earlier search, on which this one builds.
     """
     removals = round(skip * model.block_count * len(tasks))
     if not removals:
@@ -174,10 +182,16 @@ def choose(
     elif static is None:
         parts = [[e for e in examples if e.task == task] for task in tasks]
         trials = [trial(model, part, batch_size) for part in parts]
-        masks, targets = search(trials, model.protected, removals, say)
+        masks, targets = search(trials, model.protected, removals, say, before)
+    elif static == "greedy":
+        pooled = [trial(model, examples, batch_size)]
+        one = None if before is None else before[:1]
+        masks, targets = search(pooled, model.protected, round(skip * model.block_count), say, one)
+        masks, targets = (x.expand(len(tasks), -1).clone() for x in (masks, targets))
     else:
-        pooled = trial(model, examples, batch_size)
-        mask = static_mask(static, model.protected, round(skip * model.block_count), pooled, seed)
+        mask = static_mask(
+            static, model.protected, round(skip * model.block_count), trial(model, examples, batch_size), seed
+        )
         masks = mask.expand(len(tasks), -1).clone()
         targets = torch.where(masks, SPREAD, -SPREAD)
     for task, row in zip(tasks, masks.tolist(), strict=True):

@@ -42,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--recipe", metavar="DIR", help="with --phase lora: the recipe whose routers stay as they are")
     add("--objective", choices=("search", "gates", "paper"), default="search", help="see docs/training.md")
     static_help = "one mask for every prompt: greedy, loo, even, random or layer numbers (default: routing)"
+    add("--rounds", type=int, default=1, help="searches, with LoRA training between them (default: 1)")
     add("--static", metavar="KIND", help=static_help)
     length = result.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="optimizer steps of all phases together (default: one epoch)")
@@ -87,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse impossible options before anything is loaded. Raises InputError."""
-    for option in ("batch_size", "grad_accum", "lora_r", "window", "hold_back", "prior_examples"):
+    for option in ("batch_size", "grad_accum", "lora_r", "window", "hold_back", "prior_examples", "rounds"):
         if getattr(args, option) < 1:
             raise InputError(f"--{option.replace('_', '-')} is {getattr(args, option)}, expected at least 1")
     if args.steps is not None and args.steps < 1:
@@ -105,6 +106,8 @@ def check(args: argparse.Namespace) -> None:
         raise InputError("--phase lora needs --recipe DIR, the recipe with the routers to keep")
     if args.static and (args.objective != "search" or args.phase == "lora"):
         raise InputError("--static needs --objective search, and --phase both or routers")
+    if args.rounds > 1 and args.static not in (None, "greedy"):
+        raise InputError(f"--rounds {args.rounds} needs a search; --static {args.static} is none")
     out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not args.force:
         raise InputError(f"{out}: exists and is not empty; choose another --out or add --force")
@@ -248,26 +251,24 @@ def train(args: argparse.Namespace) -> Path:
     tasks = sorted({e.task for e in training})
     found: dict[str, torch.Tensor] = {}
 
-    def choose_masks() -> None:
-        stored = work / "search.safetensors"
+    def choose_masks(name: str, share: float) -> None:
+        stored = work / f"search-{name}.safetensors"
         if args.resume and stored.is_file():
             found.update(load_file(stored))
-        if found:
             return
         sample = hold_back(training, args.prior_examples, args.seed + 1)[1]
         kind = f"--static {args.static}" if args.static else "a mask for each task"
         report.say(f"{kind}, tried on {len(sample)} examples of {', '.join(tasks)}")
-        found.update(
-            choose(model, sample, tasks, args.static, args.target_skip, args.batch_size, args.seed, report.say)
-        )
+        skip, before = args.target_skip * share, found.get("targets")
+        found.update(choose(model, sample, tasks, args.static, skip, args.batch_size, args.seed, report.say, before))
         if first_process:
             work.mkdir(parents=True, exist_ok=True)
             save_file(found, stored)
 
     history = []
-    for number, phase in enumerate(plan(args.phase, args.objective, steps)):
+    for number, phase in enumerate(plan(args.phase, args.objective, steps, args.rounds)):
         if phase.forced:
-            choose_masks()
+            choose_masks(phase.name, phase.share)
         masks = dict(zip(tasks, found["masks"], strict=True)) if phase.forced else {}
         prepare = prior if phase.steer and phase.routers else None
         history.append(run_phase(model, phase, training, args, target_keep, args.seed + number, prepare, work, masks))
@@ -277,7 +278,8 @@ def train(args: argparse.Namespace) -> Path:
             if "lora_" in name:
                 parameter.copy_(parameter.half().to(parameter.dtype))
     if args.objective == "search" and args.phase != "lora":
-        choose_masks()
+        if not found:
+            choose_masks("routers", 1.0)
         sample = hold_back(training, FIT_EXAMPLES, args.seed + 1)[1]
         groups = torch.tensor([tasks.index(e.task) for e in sample])
         fit_routers(model, sample, groups, found["masks"], found["targets"], args.batch_size)
