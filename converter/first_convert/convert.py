@@ -89,7 +89,7 @@ def _child(module: str, job: dict[str, Any], folder: Path) -> dict[str, Any]:
         "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
         "PYTHONUTF8": "1",  # upstream reads and prints with the locale's encoding
         "OMP_NUM_THREADS": "1",  # merges are many and small: waking threads costs 20 times the work
-        "MALLOC_MMAP_THRESHOLD_": str(8 << 20),  # else glibc keeps every freed matrix below 32 MB
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 20),  # else glibc keeps every freed matrix below 32 MB
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
