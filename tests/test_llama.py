@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import os
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import llama_cpp
 import numpy as np
+import psutil
 import pytest
 import tiny
+from native_model import opened
 
 from pyfirst import FirstLlama, InputError, native
+from pyfirst.llama import usable_cpus
 
 F32 = {"type_k": 0, "type_v": 0, "n_ctx": 256}
 GREEDY = {"temperature": 0.0, "max_tokens": 8}
@@ -239,15 +247,424 @@ def test_state_round_trip(prefill, files):
             following = target.generate(truth[i][done : done + 1], temp=0.0, reset=False)
             assert [next(following) for _ in range(16 - done - 1)] == truth[i][done + 1 :]
             assert tokens_of(target, prompts[i], 16) == truth[i]
+    # Contexts of other sizes, one of them too small, and another process.
+    for n_ctx in (512, 160):
+        target = FirstLlama(path, **{**F32, "n_ctx": n_ctx, "n_batch": 64})
+        for i in (1, 0):
+            target.load_state(states[i])
+            assert tokens_of(target, prompts[i], 16) == truth[i]
+            assert target.routing is not None
+    small = FirstLlama(path, **{**F32, "n_ctx": 64})
+    tokens_of(small, prompts[0], 3)
+    with pytest.raises(InputError, match=r"holds 12\d tokens, the context 64"):
+        small.load_state(states[1])
+    assert tokens_of(small, prompts[0], 16) == truth[0]
+    code = (
+        "import pickle, sys; from pyfirst import FirstLlama\n"
+        "path, state, prompt, expected = pickle.load(sys.stdin.buffer)\n"
+        f"llm = FirstLlama(path, **{F32})\n"
+        "llm.load_state(state)\n"
+        "assert (llm.routing.mask == state.first['routing'].mask).all()\n"
+        "n = llm.n_tokens - len(prompt)\n"
+        "steps = llm.generate(expected[n : n + 1], temp=0.0, reset=False)\n"
+        "assert [next(steps) for _ in range(15 - n)] == expected[n + 1 :]\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=pickle.dumps((path, states[1], prompts[1], truth[1])),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.parametrize("prefill", ["full", "skip"])
+def test_states_that_do_not_fit_are_exceptions(prefill, files, tiny_model):
+    path = files[prefill][2]
+    prompt = tiny.prompt(30, 1)
+    truth = tokens_of(FirstLlama(path, **F32), prompt, 16)
+    llm, source = FirstLlama(path, **F32), FirstLlama(path, **F32)
+    tokens_of(source, prompt, 3)
+    state = source.save_state()
     plain = llama_cpp.Llama(str(path), verbose=False, **F32)
-    plain.eval(prompts[0])
-    with pytest.raises((ValueError, RuntimeError)):
-        other.load_state(plain.save_state())
-    short = pickle.loads(pickle.dumps(states[0]))
-    short.llama_state, short.llama_state_size = short.llama_state[:-9], short.llama_state_size - 9
-    with pytest.raises((ValueError, RuntimeError)):
-        other.load_state(short)
-    assert tokens_of(other, prompts[0], 16) == truth[0]
+    plain.eval(prompt)
+    other = FirstLlama(files["skip" if prefill == "full" else "full"][2], **F32)
+    tokens_of(other, prompt, 3)
+    dense = FirstLlama(tiny_model("qwen3")[1], **F32)
+    tokens_of(dense, prompt, 3)
+    old = pickle.loads(pickle.dumps(state))
+    old.first["version"] = 0
+    tokens_of(llm, prompt, 3)
+    for wrong, message in (
+        (plain.save_state(), "plain llama_cpp.Llama"),
+        (other.save_state(), "another model file"),
+        (dense.save_state(), "another model file"),
+        (old, "version 0, expected 1"),
+    ):
+        before = llm.input_ids[: llm.n_tokens].tolist()
+        with pytest.raises(InputError, match=message):
+            llm.load_state(wrong)
+        assert llm.input_ids[: llm.n_tokens].tolist() == before
+    f16 = FirstLlama(path, **{**F32, "type_k": 1, "type_v": 1})
+    with pytest.raises(RuntimeError):
+        f16.load_state(state)
+    size = len(state.llama_state)
+    for cut in (0, 1, 4, 60, size // 2, size - 200, size - 9, size - 1):
+        short = pickle.loads(pickle.dumps(state))
+        short.llama_state, short.llama_state_size = short.llama_state[:cut], cut
+        with pytest.raises(RuntimeError):
+            llm.load_state(short)
+        assert tokens_of(llm, prompt, 16) == truth
+    short = pickle.loads(pickle.dumps(state))
+    short.llama_state = short.llama_state[:-9]
+    with pytest.raises(RuntimeError):
+        llm.load_state(short)
+    long = pickle.loads(pickle.dumps(state))
+    long.llama_state += bytes(50)
+    with pytest.raises(RuntimeError):
+        llm.load_state(long)
+    assert tokens_of(llm, prompt, 16) == truth
+
+
+@pytest.mark.parametrize("prefill", ["full", "skip"])
+@pytest.mark.parametrize("routers", [False, True])
+def test_states_hold_masks_also_where_nothing_is_routed(routers, prefill, files, tiny_model):
+    folder, path = (files[prefill][0], files[prefill][2]) if routers else tiny_model("qwen3")
+    prompt, mask = tiny.prompt(20, 1), np.array([1, 0, 1, 1], bool)
+    options = {**F32, "prefill": prefill, "routing": False}
+    forced, dense = FirstLlama(path, mask=mask, **options), FirstLlama(path, **options)
+    tokens_of(forced, prompt, 3)
+    tokens_of(dense, prompt, 3)
+    states = {True: pickle.loads(pickle.dumps(forced.save_state())), False: dense.save_state()}
+    for one in (FirstLlama(path, **options), forced, dense):
+        for masked in (True, False, True):
+            keep = mask if masked else np.ones(4, bool)
+            truth = torch_tokens(folder, keep, prompt, prefill, 10)
+            one.load_state(states[masked])
+            done = one.n_tokens - len(prompt)
+            steps = one.generate(truth[done : done + 1], temp=0.0, reset=False)
+            assert [next(steps) for _ in range(9 - done)] == truth[done + 1 :]
+            assert one.routing is not None and (one.routing.mask == keep).all()
+
+
+def test_set_cache_gives_what_a_fresh_object_gives(files):
+    path = files["full"][2]
+    llm = FirstLlama(path, **F32)
+    llm.set_cache(llama_cpp.LlamaRAMCache(1 << 24))
+    prompts = [[*tiny.prompt(40, 1), 5], tiny.prompt(30, 2), [*tiny.prompt(40, 1), 9, 8]]
+    for prompt in [*prompts, *prompts]:
+        fresh = FirstLlama(path, **F32).create_completion(prompt, **GREEDY)
+        found = llm.create_completion(prompt, **GREEDY)
+        assert (found["choices"], found["first"]) == (fresh["choices"], fresh["first"])
+
+
+@pytest.fixture(scope="module")
+def pruned(tiny_model, tmp_path_factory):
+    """(model file, mask, file of a model that has only the layers of the mask): the same forward, by other means."""
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    folder, path = tiny_model("llama")
+    mask = np.array([1, 0, 0, 1], bool)
+    target = tmp_path_factory.mktemp("pruned")
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    tensors, kept = {}, np.flatnonzero(mask).tolist()
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        parts = name.split(".")
+        if "layers" in parts:
+            layer = int(parts[2])
+            if layer not in kept:
+                continue
+            parts[2] = str(kept.index(layer))
+        tensors[".".join(parts)] = tensor
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    config = json.loads((target / "config.json").read_text())
+    config["num_hidden_layers"] = len(kept)
+    config.pop("layer_types", None)
+    (target / "config.json").write_text(json.dumps(config))
+    return path, mask, tiny.gguf(target, target / "pruned.gguf")
+
+
+@pytest.mark.parametrize("kv_unified", [False, True])
+def test_masks_follow_every_memory_operation(kv_unified, pruned, tmp_path):
+    """Random operations on the KV cache: the masked model does what a model without the layers does."""
+    path, mask, without = pruned
+    rng = np.random.default_rng(7)
+    done = set()
+    with (
+        opened(path, n_seq=3, kv_unified=kv_unified) as model,
+        opened(without, n_seq=3, kv_unified=kv_unified) as truth,
+    ):
+        both = (model, truth)
+        lengths = [0, 0, 0]
+        for step in range(140):
+            seq, other = (int(i) for i in rng.permutation(3)[:2])
+            n = lengths[seq]
+            name = rng.choice(["feed", "feed", "feed", "cp", "rm", "tail", "keep", "clear", "shift", "file", "blob"])
+            if name == "feed" and n < 60:
+                if n == 0:
+                    model.set_mask(mask, seq)
+                tokens = tiny.prompt(int(rng.integers(1, 9)), step)
+                found, expected = (m.feed(tokens, n, seq) for m in both)
+                assert np.abs(found - expected).max() < 1e-4
+            elif name == "cp" and n:
+                for m in both:
+                    m.clear(other)
+                    llama_cpp.llama_memory_seq_cp(m.memory, seq, other, -1, -1)
+            elif name == "rm":
+                for m in both:
+                    llama_cpp.llama_memory_seq_rm(m.memory, seq, -1, -1)
+            elif name == "tail" and n > 2:
+                start = int(rng.integers(1, n))
+                for m in both:
+                    assert llama_cpp.llama_memory_seq_rm(m.memory, seq, start, -1)
+            elif name == "keep":
+                for m in both:
+                    llama_cpp.llama_memory_seq_keep(m.memory, seq)
+            elif name == "clear" and rng.random() < 0.3:
+                for m in both:
+                    llama_cpp.llama_memory_clear(m.memory, True)
+            elif name == "shift" and n > 8:
+                for m in both:
+                    assert llama_cpp.llama_memory_seq_rm(m.memory, seq, 2, 5)
+                    llama_cpp.llama_memory_seq_add(m.memory, seq, 5, -1, -3)
+            elif name == "file" and n:
+                for i, m in enumerate(both):
+                    file = str(tmp_path / f"{i}.bin").encode()
+                    ids, count = (ctypes.c_int32 * 1)(), ctypes.c_size_t(0)
+                    assert llama_cpp.llama_state_seq_save_file(m.ctx, file, seq, ids, 0)
+                    m.clear(other)
+                    assert llama_cpp.llama_state_seq_load_file(m.ctx, file, other, ids, 1, ctypes.byref(count))
+            elif name == "blob" and n:
+                for m in both:
+                    size = llama_cpp.llama_state_get_size(m.ctx)
+                    blob = (ctypes.c_uint8 * size)()
+                    wrote = llama_cpp.llama_state_get_data(m.ctx, blob, size)
+                    llama_cpp.llama_memory_clear(m.memory, True)
+                    assert llama_cpp.llama_state_set_data(m.ctx, blob, wrote) == wrote
+            else:
+                continue
+            done.add(str(name))
+            ends = [[llama_cpp.llama_memory_seq_pos_max(m.memory, i) + 1 for i in range(3)] for m in both]
+            assert ends[0] == ends[1]
+            lengths = ends[0]
+            for i in range(3):
+                pinned = model.mask(i)
+                assert (pinned is None) == (lengths[i] == 0)
+                assert pinned is None or (pinned == mask).all()
+    assert done == {"feed", "cp", "rm", "tail", "keep", "clear", "shift", "file", "blob"}
+
+
+def test_a_sequence_moves_to_another_process_and_another_size(files, tmp_path):
+    path, mask = files["full"][2], np.array([1, 0, 0, 1], bool)
+    prompt, following = tiny.prompt(20), tiny.prompt(6, seed=9)
+    ids, count = (ctypes.c_int32 * 1)(), ctypes.c_size_t(0)
+    with opened(path) as model:
+        model.set_mask(mask)
+        model.feed(prompt)
+        assert llama_cpp.llama_state_seq_save_file(model.ctx, str(tmp_path / "seq").encode(), 0, ids, 0)
+        expected = np.concatenate([model.feed([t], 20 + i) for i, t in enumerate(following)])
+    code = (
+        "import ctypes, sys, numpy as np; from native_model import opened; import llama_cpp\n"
+        "ids, count = (ctypes.c_int32 * 1)(), ctypes.c_size_t(0)\n"
+        f"with opened({str(path)!r}, n_ctx=500, n_seq=4, kv_unified=True) as m:\n"
+        "    m.set_mask([1, 1, 1, 1])\n"
+        f"    assert llama_cpp.llama_state_seq_load_file(m.ctx, {str(tmp_path / 'seq')!r}.encode(), 2, ids, 1, "
+        "ctypes.byref(count))\n"
+        f"    assert m.mask(2).tolist() == {mask.tolist()}\n"
+        f"    rows = [m.feed([t], 20 + i, 2) for i, t in enumerate({following})]\n"
+        f"    np.save({str(tmp_path / 'rows.npy')!r}, np.concatenate(rows))\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert np.abs(np.load(tmp_path / "rows.npy") - expected).max() < 1e-4
+    raw = (tmp_path / "seq").read_bytes()
+    with opened(path, n_ctx=256) as small, opened(path, n_ctx=512) as model:
+        model.feed(tiny.prompt(200))
+        model.feed(tiny.prompt(100), 200)
+        assert llama_cpp.llama_state_seq_save_file(model.ctx, str(tmp_path / "long").encode(), 0, ids, 0)
+        assert not llama_cpp.llama_state_seq_load_file(small.ctx, str(tmp_path / "long").encode(), 0, ids, 1, count)
+        model.clear()
+        for cut in (0, 3, 11, 40, len(raw) // 2, len(raw) - 40):
+            (tmp_path / "cut").write_bytes(raw[:cut])
+            assert not llama_cpp.llama_state_seq_load_file(model.ctx, str(tmp_path / "cut").encode(), 0, ids, 1, count)
+            assert model.mask() is None
+            model.clear()
+        model.set_mask(mask)
+        again = [model.feed(prompt)[-1:], *(model.feed([t], 20 + i) for i, t in enumerate(following))]
+        assert np.abs(np.concatenate(again)[1:] - expected).max() < 1e-4
+
+
+def test_calls_from_several_threads_wait_and_streams_are_taken_over(files):
+    path = files["full"][2]
+    llm = FirstLlama(path, **F32)
+    prompts = [tiny.prompt(10 + i, i) for i in range(6)]
+    truth = [FirstLlama(path, **F32).create_completion(p, **GREEDY) for p in prompts]
+    with ThreadPoolExecutor(6) as pool:
+        calls = [pool.submit(llm.create_completion, p, **GREEDY) for p in prompts * 3]
+        for call, expected in zip(calls, truth * 3, strict=True):
+            found = call.result(120)
+            assert (found["choices"], found["first"]) == (expected["choices"], expected["first"])
+
+        def stream(prompt: list[int]) -> str | None:
+            try:
+                return "".join(c["choices"][0]["text"] for c in llm.create_completion(prompt, stream=True, **GREEDY))
+            except RuntimeError as error:
+                assert "took this object over" in str(error)
+                return None
+
+        texts = [pool.submit(stream, p).result(120) for p in prompts]
+        assert texts == [t["choices"][0]["text"] for t in truth]
+        mixed = [pool.submit(stream, p) for p in prompts * 2]
+        for call, expected in zip(mixed, truth * 2, strict=True):
+            assert call.result(120) in (None, expected["choices"][0]["text"])
+    half = llm.create_completion(prompts[0], stream=True, **GREEDY)
+    next(half)
+    assert llm.create_completion(prompts[1], **GREEDY)["choices"] == truth[1]["choices"]
+    with pytest.raises(RuntimeError, match="took this object over"):
+        list(half)
+    assert llm.create_completion(prompts[0], **GREEDY)["choices"] == truth[0]["choices"]
+
+
+def test_a_seed_means_the_same_everywhere(files):
+    path = files["full"][2]
+    llm = FirstLlama(path, **F32)
+    options = {"max_tokens": 12, "temperature": 1.0}
+
+    def text(model: FirstLlama, seed: int | None) -> tuple[str, list[int]]:
+        result = model.create_completion("the quick", seed=seed, **options)
+        return result["choices"][0]["text"], result["first"]["skipped"]
+
+    first = text(llm, 7)
+    assert text(llm, 7) == first
+    llm.create_completion(tiny.prompt(30), seed=3, **options)
+    assert text(llm, 7) == first
+    assert text(FirstLlama(path, **F32), 7) == first
+    drawn = [text(FirstLlama(path, **F32), None) for _ in range(4)]
+    assert len({t for t, _ in drawn}) > 1
+    assert all(skipped == first[1] for _, skipped in drawn)
+
+
+def test_the_end_of_the_context_is_an_error_or_length(files, tiny_model, tmp_path):
+    llm = FirstLlama(files["full"][2], **{**F32, "n_ctx": 64})
+    options = {"temperature": 0.0, "logit_bias": {llm.token_eos(): -100.0}}
+    for n in (62, 63, 64, 65):
+        for limit in (1, None, 500):
+            for stream in (False, True):
+                call = lambda n=n, limit=limit, stream=stream: llm.create_completion(  # noqa: E731
+                    tiny.prompt(n), max_tokens=limit, stream=stream, **options
+                )
+                if n >= 64:
+                    with pytest.raises(InputError, match=f"{n} tokens, the context holds 64"):
+                        list(call())
+                    continue
+                last = list(call())[-1] if stream else call()
+                assert last["choices"][0]["finish_reason"] == "length"
+                if not stream:
+                    assert last["usage"]["completion_tokens"] == (1 if limit == 1 else 64 - n)
+    # A long training context is no reason to take its memory.
+    folder = tiny.make("llama", tmp_path / "long", max_position_embeddings=131072)
+    path = tiny.gguf(folder, tmp_path / "long.gguf")
+    assert FirstLlama(path).n_ctx() == 512
+    with pytest.raises(InputError, match=r"long\.gguf: .+"):
+        FirstLlama(path, n_ctx=2**31 - 256)
+
+
+def test_closing_frees_and_says_so(files):
+    path = files["full"][2]
+    llm = FirstLlama(path, **F32)
+    stream = llm("the quick", stream=True, **GREEDY)
+    next(stream)
+    llm.close()
+    llm.close()
+    for call in (
+        lambda: llm("the quick"),
+        lambda: llm.create_chat_completion([{"role": "user", "content": "x"}]),
+        lambda: llm.tokenize(b"x"),
+        lambda: llm.eval([5]),
+        lambda: next(llm.generate([5])),
+        lambda: llm.save_state(),
+        lambda: list(stream),
+    ):
+        with pytest.raises(RuntimeError, match="closed"):
+            call()
+    memory, early = psutil.Process(), 0
+    for i in range(120):
+        with contextlib.closing(FirstLlama(path, **F32)) as opened_one:
+            opened_one.create_completion(tiny.prompt(8), max_tokens=4)
+        if i == 20:
+            early = memory.memory_info().rss
+    assert memory.memory_info().rss - early < 2e6
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "llm = FirstLlama(path); llm('the quick', max_tokens=3); sys.exit(3)",
+        "llm = FirstLlama(path); s = llm('the quick', max_tokens=9, stream=True); next(s); sys.exit(3)",
+        "try: FirstLlama(path + 'x')\nexcept ValueError: sys.exit(3)",
+        "try: FirstLlama(path, mask=[1])\nexcept ValueError: sys.exit(3)",
+    ],
+)
+def test_the_interpreter_ends_quietly(code, files):
+    text = f"import sys; from pyfirst import FirstLlama\npath = {str(files['full'][2])!r}\n{code}"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", text], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "", "")
+
+
+def test_threads_are_those_we_may_use(files, tmp_path):
+    own = tmp_path / "cgroup"
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "cpu/x").mkdir(parents=True)
+    own.write_text("0::/a/b\n3:cpu,cpuacct:/x\n")
+    everything = usable_cpus(str(tmp_path / "none"), str(tmp_path / "none"))
+    assert everything == len(os.sched_getaffinity(0))
+    for file, content, expected in (
+        ("a/cpu.max", "150000 100000", min(everything, 1)),
+        ("a/b/cpu.max", "5000 100000", 1),
+        ("cpu.max", "max 100000", everything),
+        ("a/cpu.max", "rubbish", everything),
+    ):
+        (tmp_path / file).write_text(content)
+        assert usable_cpus(str(tmp_path), str(own)) == expected
+        (tmp_path / file).unlink()
+    for name, value in (("quota", "-1"), ("period", "100000")):
+        (tmp_path / f"cpu/x/cpu.cfs_{name}_us").write_text(value)
+    assert usable_cpus(str(tmp_path), str(own)) == everything
+    (tmp_path / "cpu/x/cpu.cfs_quota_us").write_text("100000")
+    assert usable_cpus(str(tmp_path), str(own)) == 1
+    code = (
+        "import os; os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1]); from pyfirst import FirstLlama\n"
+        f"llm = FirstLlama({str(files['full'][2])!r})\nprint(llm.n_threads, llm.n_threads_batch)"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout.split() == ["1", "1"]
+    prompt = tiny.prompt(20)
+    assert tokens_of(FirstLlama(files["full"][2], n_threads=7, **F32), prompt, 4) == tokens_of(
+        FirstLlama(files["full"][2], n_threads=1, **F32), prompt, 4
+    )
+
+
+def test_the_library_is_found_beside_its_parts(tmp_path):
+    """A copy elsewhere loads with its own ggml, from any folder and without LD_LIBRARY_PATH."""
+    import shutil
+
+    shutil.copytree(native.lib_dir(), tmp_path / "moved")
+    code = (
+        "import pyfirst.native, llama_cpp; print(llama_cpp.llama_cpp._lib._name)\n"
+        "print([line.split()[-1] for line in open('/proc/self/maps') if 'ggml' in line])"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "LD_LIBRARY_PATH"}
+    env |= {"LLAMA_CPP_LIB_PATH": str(tmp_path / "moved"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    name, maps = done.stdout.splitlines()
+    assert name.startswith(str(tmp_path / "moved")) and str(native.lib_dir()) not in maps
 
 
 def test_wrong_input_is_value_error(files, tmp_path):
@@ -333,8 +750,6 @@ def test_routers_that_do_not_fit_are_a_load_error(tiny_model, tmp_path):
 def test_importing_llama_cpp_first_is_explained(tmp_path):
     """A stock libllama in the way gives one ImportError that names the file and the symbol."""
     code = "import llama_cpp\nimport pyfirst.native\n"
-    import os
-
     from test_patch import STOCK
 
     env = {**os.environ, "LLAMA_CPP_LIB_PATH": str(STOCK), "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -48,7 +48,7 @@ def started(model, *options: str):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "pyfirst.cli.serve", "-m", str(model), "--port", str(port), *options]
+    command = [sys.executable, "-m", "pyfirst.cli.serve", "-m", str(model), "--port", str(port), "-t", "1", *options]
     process = subprocess.Popen([*command, "--parallel", "4", "-c", str(CONTEXT)], stderr=subprocess.PIPE, text=True)
     url = f"http://127.0.0.1:{port}"
     for _ in range(600):
