@@ -111,6 +111,24 @@ def answers(results) -> list[tuple[str, dict]]:
     return [(r["choices"][0]["text"], r["first"]) for r in results]
 
 
+@pytest.mark.parametrize("n_batch", [8, 32, 512])
+@pytest.mark.parametrize("prefill", ["full", "skip"])
+def test_no_decision_depends_on_the_batch_size(prefill, n_batch, files):
+    """Prompts around and beyond n_batch, and some whose mask hangs on the last token."""
+    folder, recipe, path = files[prefill]
+    prompts = [tiny.prompt(n, n) for n in (1, 31, 32, 33, 100)]
+    stem = tiny.prompt(3, 3)
+    last = {tiny.decide(folder, recipe, [*stem, t])[0].tobytes(): [*stem, t] for t in range(3, 60, 4)}
+    assert len(last) > 1
+    prompts += list(last.values())
+    with FirstBatch(path, n_parallel=3, n_batch=n_batch, **F32) as batch:
+        results = batch.generate(prompts, max_tokens=4, temperature=0.0)
+    for prompt, result in zip(prompts, results, strict=True):
+        mask, _ = tiny.decide(folder, recipe, prompt)
+        assert result["first"]["skipped"] == np.flatnonzero(~mask).tolist()
+        assert (result["choices"][0]["text"], result["first"]) == solo(path, prompt, 4)
+
+
 @pytest.mark.parametrize("kv_unified", [False, True])
 @pytest.mark.parametrize("masked", [False, True], ids=["routed", "forced"])
 def test_a_shared_prefix_is_read_once(masked, kv_unified, files, computed):
