@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyfirst import plots
+from pyfirst import plots, predict
 from pyfirst.cli import bench_files, common
 from pyfirst.errors import InputError
 
@@ -62,6 +62,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--load-time",
         action="store_true",
         help=f"also load copies of the file without and with {bench_files.ARRAY_FLOATS} floats of router arrays",
+    )
+    add(
+        "--predict",
+        metavar="BOARD",
+        help=f"measure nothing; from the file's size, predict decoding on {' or '.join(predict.BOARDS)}, or on a "
+        "machine that reads so many GB/s from memory; an upper bound",
     )
     add("--plot", metavar="FILE", help="draw speedup and ideal, as PNG, SVG or PDF (needs matplotlib)")
     add("--json", action="store_true", help="print one JSON object instead of the table")
@@ -480,8 +486,52 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def predicted(
+    model: str, bandwidth: float, *, skipped: str | None = None, prompt_length: str | int = 256, n_predict: int = 64
+) -> dict[str, Any]:
+    """What --predict --json prints: decoding at ``bandwidth`` GB/s, see predict.predict; nothing is measured.
+
+    The context is that in the middle of decoding ``n_predict`` tokens behind a prompt. Raises InputError.
+    """
+    from pyfirst.info import info
+
+    found = info(model)
+    n_layer = found["layers"] or 0
+    counts = parse_skipped(skipped, n_layer)
+    contexts = [length + n_predict // 2 for length in parse_lengths(prompt_length)]
+    masks = [spread(n_layer, count) if count else [] for count in counts]
+    return {
+        "predicted": True,
+        "bandwidth_gb_s": bandwidth,
+        "model": {name: found[name] for name in ("path", "architecture", "layers", "width", "tensor_type")},
+        "runs": predict.predict(model, bandwidth, masks, contexts),
+    }
+
+
+def predicted_table(result: dict[str, Any]) -> str:
+    """The text form of what predicted() returns."""
+    model = result["model"]
+    lines = [
+        f"predicted, not measured: {result['bandwidth_gb_s']:g} GB/s from memory is all that counts, an upper bound",
+        f"model    {model['path']} ({model['layers']} layers, {model['tensor_type']})",
+    ]
+    for context in dict.fromkeys(run["context"] for run in result["runs"]):
+        lines += ["", f"{f'context of {context} tokens':28}{'MB/token':>9}{'tokens/s':>10}{'speedup':>9}"]
+        for run in result["runs"]:
+            if run["context"] == context:
+                label = (
+                    f"{run['layers_skipped']} of {model['layers']} layers skipped" if run["layers_skipped"] else "dense"
+                )
+                cells = f"{run['bytes'] / 1e6:9.1f}{run['tokens_per_s']:10.1f}{run['speedup']:8.2f}x"
+                lines.append(f"{label:28}{cells}")
+    return "\n".join(lines)
+
+
 def command(args: argparse.Namespace) -> None:
     """Run the parsed command."""
+    bandwidth = None if args.predict is None else predict.parse_bandwidth(args.predict)
+    if bandwidth is not None and args.plot:
+        raise InputError("--plot draws measurements, --predict makes none")
     if args.plot:
         plots.check(args.plot)
 
@@ -495,24 +545,35 @@ def command(args: argparse.Namespace) -> None:
             if args.synthetic:
                 progress("making the file")
                 model = str(stack.enter_context(bench_files.synthetic(args.synthetic, args.type, args.keep)))
-            result = bench(
-                model,
-                stock_lib=args.stock_lib,
-                threads=args.threads,
-                skipped=args.skipped,
-                prompt_length=args.prompt_length,
-                n_predict=args.n_predict,
-                repeats=args.repeats,
-                clock=args.clock,
-                load_time=args.load_time,
-                on_progress=progress,
-            )
+            if bandwidth is not None:
+                progress("reading the header")
+                result = predicted(
+                    model,
+                    bandwidth,
+                    skipped=args.skipped,
+                    prompt_length=args.prompt_length,
+                    n_predict=args.n_predict,
+                )
+            else:
+                result = bench(
+                    model,
+                    stock_lib=args.stock_lib,
+                    threads=args.threads,
+                    skipped=args.skipped,
+                    prompt_length=args.prompt_length,
+                    n_predict=args.n_predict,
+                    repeats=args.repeats,
+                    clock=args.clock,
+                    load_time=args.load_time,
+                    on_progress=progress,
+                )
     finally:
         if sys.stderr.isatty():
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
     if args.plot:
         plots.bench(result, args.plot)
-    print(json.dumps(result) if args.json else table(result))
+    text = table if bandwidth is None else predicted_table
+    print(json.dumps(result) if args.json else text(result))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
