@@ -90,7 +90,7 @@ def routed(path: Path, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """(masks, scores) of prompts in the model's chat format, each [prompts, layers]."""
     from pyfirst import FirstLlama
 
-    llm = FirstLlama(str(path), n_ctx=2048, verbose=False)
+    llm = FirstLlama(str(path), n_ctx=2048, n_threads=1, n_threads_batch=1, verbose=False)
     masks, scores = [], []
     for text in texts:
         llm.create_chat_completion([{"role": "user", "content": text}], max_tokens=1, temperature=0)
