@@ -341,6 +341,7 @@ def create_app(engine: Engine) -> FastAPI:
                         "first": job.routing.report(),
                     }
                     yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+                    await asyncio.sleep(0)  # lets the loop notice a client that has hung up
                 if (body.stream_options or {}).get("include_usage"):
                     last = {**base, "object": kind + (".chunk" if chat else ""), "choices": [], "usage": usage(job, n)}
                     yield f"data: {json.dumps(last)}\n\n"

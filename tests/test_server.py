@@ -10,6 +10,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -44,25 +45,28 @@ def model(tiny_model, tmp_path_factory) -> Path:
 
 @contextlib.contextmanager
 def started(model, *options: str):
-    """(base URL, process)."""
+    """(base URL, process, file with its stderr: a pipe that nobody reads would stop it)."""
+    log = Path(tempfile.mkstemp(suffix=".log")[1])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "pyfirst.cli.serve", "-m", str(model), "--port", str(port), "-t", "1", *options]
-    process = subprocess.Popen([*command, "--parallel", "4", "-c", str(CONTEXT)], stderr=subprocess.PIPE, text=True)
+    with log.open("w") as stderr:
+        process = subprocess.Popen([*command, "--parallel", "4", "-c", str(CONTEXT)], stderr=stderr)
     url = f"http://127.0.0.1:{port}"
     for _ in range(600):
         try:
             assert httpx.get(f"{url}/health").json() == {"status": "ok"}
             break
         except httpx.HTTPError:
-            assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
+            assert process.poll() is None, log.read_text()
             time.sleep(0.1)
     try:
-        yield url, process
+        yield url, process, log
     finally:
         process.terminate()
         assert process.wait(20) is not None
+        log.unlink()
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +289,7 @@ def test_a_full_queue_is_503_and_empties(model):
 
 
 def test_requests_during_shutdown_end_and_the_process_too(model):
-    with started(model) as (url, process):
+    with started(model) as (url, process, log):
         body = {"prompt": "the quick", "max_tokens": 100, "temperature": 1, "stream": True}
 
         def ask(_: int) -> str:
@@ -301,12 +305,12 @@ def test_requests_during_shutdown_end_and_the_process_too(model):
             assert process.wait(30) is not None
             assert all(answer.result(30) for answer in answers)
         assert process.returncode in (0, -15)
-        assert "Traceback" not in process.stderr.read()
+        assert "Traceback" not in log.read_text()
 
 
 def test_sixteen_clients_half_of_them_hanging_up(server, model):
     """No crash, no leak, every answer as if alone. PYFIRST_SOAK_SECONDS=300 makes it a soak test."""
-    url, process = server
+    url, process, log = server
     prompts = [f"{word} {tail}" for word in tiny.TEXT.split()[:8] for tail in ("is", "fox jumps", "日本")]
     truth = dict(zip(prompts, alone(model, prompts, 16), strict=True))
     wrong: list[str] = []
@@ -349,4 +353,5 @@ def test_sixteen_clients_half_of_them_hanging_up(server, model):
     late = memory.memory_info().rss
     print(f"{finished[0]} answers, {late / 1e6:.1f} MB, {late / early - 1:+.2%} since a quarter of the time")
     assert late < early * 1.02
+    assert log.read_text().count("\n") == 1, log.read_text()[:2000]
     assert process.poll() is None
