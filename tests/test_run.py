@@ -65,6 +65,15 @@ def test_help_shows_an_example_and_the_defaults(capsys):
         assert default in " ".join(text.split())
 
 
+def test_mem_tells_what_is_read(routed, capfd):
+    arguments = ["-m", routed, "-p", PROMPT, "-n", 3, "--temp", 0, "--prefill", "skip", "--mem"]
+    result = as_json(capfd, *arguments)
+    assert result["memory"]["routed"]["kept"] == result["first"]["kept"] < result["memory"]["dense"]["kept"]
+    code, out, _ = said(capfd, *arguments)
+    assert code == 0 and out.startswith(result["text"]) and "read from the file, MB" in out
+    assert said(capfd, "-m", routed, "--chat", "--mem")[0] == 2
+
+
 def test_streamed_text_is_the_json_text_and_first_llamas(routed, capfd):
     arguments = ("-m", routed, "-p", PROMPT, "-n", 24, "--temp", 0)
     code, out, err = said(capfd, *arguments)

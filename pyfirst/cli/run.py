@@ -70,6 +70,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print one JSON object instead of streaming the text")
     add("--parallel", type=int, metavar="N", help="answer the lines of -f, N at a time; needs --json, a line for each")
     add("-o", "--outfile", metavar="FILE", help="with --parallel: write here; what it answers already is not repeated")
+    mem_help = (
+        "after the answer, measure from a cold cache what of the file is read and held, with all layers and as asked"
+    )
+    add("--mem", action="store_true", help=mem_help)
     return parser
 
 
@@ -98,6 +102,8 @@ def _check(args: argparse.Namespace) -> None:
             raise InputError("--parallel answers a file of prompts in JSON: add -f FILE and --json")
     elif args.outfile is not None:
         raise InputError("-o goes with --parallel")
+    if args.mem and (args.parallel is not None or (args.prompt is None and args.file is None)):
+        raise InputError("--mem measures one prompt: give it with -p or -f, without --parallel")
     if args.prompt is not None and args.file is not None:
         raise InputError("-p and -f exclude each other")
     if args.n_predict < 1 and args.n_predict != -1:
@@ -154,18 +160,29 @@ def run(
     temp: float = 0.8,
     seed: int | None = None,
     on_text: Callable[[str], None] | None = None,
+    mem: bool = False,
     **session: Any,
 ) -> dict[str, Any]:
     """Answer one prompt; what --json prints.
 
-    ``chat`` makes the prompt a user's message. ``session`` takes the arguments of
+    ``chat`` makes the prompt a user's message. ``mem`` adds "memory", see pyfirst.memory.compare(), for the prompt
+    and up to 16 tokens of answer. ``session`` takes the arguments of
     pyfirst.cli.session.Session, the others are those of its answer(). Raises InputError (a ValueError).
     """
     from pyfirst.cli.session import Session
 
     with Session(model, **session) as opened:
         asked = [{"role": "user", "content": prompt}] if chat else prompt
-        return opened.answer(asked, n_predict=n_predict, temp=temp, seed=seed, on_text=on_text)
+        result = opened.answer(asked, n_predict=n_predict, temp=temp, seed=seed, on_text=on_text)
+        tokens = opened.tokens(asked)
+    if mem:
+        from pyfirst import memory
+
+        options = {name: session.get(name) for name in ("threshold", "skip", "skip_layers", "prefill")}
+        options["routing"] = not session.get("dense")
+        count = min(16, n_predict) if n_predict > 0 else 16
+        result["memory"] = memory.compare(model, tokens, n_predict=count, threads=session.get("threads"), **options)
+    return result
 
 
 def _write(text: str) -> None:
@@ -254,9 +271,14 @@ def command(args: argparse.Namespace) -> None:
         with Session(args.model, sticky=True, **settings) as session:
             converse(session, **options)
         return
-    result = run(args.model, prompt, chat=args.chat, on_text=None if args.json else _write, **options, **settings)
+    on_text = None if args.json else _write
+    result = run(args.model, prompt, chat=args.chat, on_text=on_text, mem=args.mem, **options, **settings)
     _write(json.dumps(result) + "\n" if args.json else "\n")
     _say(summary(result))
+    if args.mem and not args.json:
+        from pyfirst import memory
+
+        _write(memory.text(result["memory"]) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
