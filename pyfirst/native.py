@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from pyfirst import cpu
 from pyfirst.errors import InputError
 
 API_VERSION = 1
@@ -62,6 +63,7 @@ def _load() -> ctypes.CDLL:
     """Import llama_cpp with our library and return the library. Raises ImportError."""
     if "llama_cpp" not in sys.modules:
         os.environ["LLAMA_CPP_LIB_PATH"] = str(lib_dir())
+        cpu.check(lib_dir())
     import llama_cpp
     from llama_cpp._logger import GGML_LOG_LEVEL_TO_LOGGING_LEVEL
 
