@@ -9,7 +9,7 @@ _NAMES = (
     "sse4_2 avx f16c fma avx2 bmi2 avx_vnni avx512f avx512bw avx512vl avx512dq avx512cd avx512_vbmi avx512vbmi "
     "avx512_vnni avx512_bf16 amx_tile amx_int8 amx_bf16 asimddp asimdhp i8mm sve sve2 sme"
 )
-_USED = frozenset(_NAMES.split())
+_USED = set(_NAMES.split())
 
 
 def flags(text: str) -> set[str]:
