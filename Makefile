@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 SOURCES := $(shell git ls-files pyfirst converter patches CMakeLists.txt pyproject.toml 2>/dev/null)
 
-.PHONY: demo test lint clean system
+.PHONY: demo test lint clean system arm test-arm test-arm-tools wheels
 
 demo: $(VENV)/.installed $(VENV)/.demo-model
 	$(BIN)/python examples/demo.py
@@ -41,6 +41,46 @@ $(VENV)/.demo-model: $(VENV)/.installed
 $(VENV)/.stock: $(BIN)/python
 	CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(BIN)/pip install -q --no-deps --no-cache-dir --target $(VENV)/stock llama-cpp-python==0.3.36
 	touch $@
+
+# For boards: aarch64 libraries with a CPU backend for every ARMv8-A and one for those with dotprod and fp16, of which
+# the better is picked when the library is loaded.
+ARM     := build/aarch64
+ARM_GCC := aarch64-linux-gnu
+ARM_CPU ?= cortex-a72 neoverse-n1
+QEMU    := qemu-aarch64-static
+
+arm: $(BIN)/python
+	@command -v $(ARM_GCC)-g++ >/dev/null || { echo "make arm: no $(ARM_GCC)-g++: apt-get install g++-$(ARM_GCC)"; exit 2; }
+	@command -v cmake >/dev/null && command -v ninja >/dev/null || { echo "make arm: apt-get install cmake ninja-build"; exit 2; }
+	cmake -G Ninja -S . -B $(ARM) -DCMAKE_BUILD_TYPE=Release -DCMAKE_INSTALL_PREFIX=$(CURDIR)/$(ARM)/install \
+	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  -DCMAKE_C_COMPILER=$(ARM_GCC)-gcc -DCMAKE_CXX_COMPILER=$(ARM_GCC)-g++ '-DPYFIRST_CPU_VARIANTS=armv8.0_1;armv8.2_2'
+	cmake --build $(ARM) --target pyfirst-libs
+	cmake --install $(ARM) --strip
+
+# A Debian root with Python, unpacked and not set up: what qemu needs to find, no more.
+$(ARM)/root/.unpacked:
+	debootstrap --arch=arm64 --variant=minbase --download-only --include=python3,libgomp1,libstdc++6 bookworm $(@D)
+	for deb in $(@D)/var/cache/apt/archives/*.deb; do dpkg-deb -x $$deb $(@D) || exit 1; done
+	$(BIN)/pip install -q --target $(@D)/site --platform manylinux2014_aarch64 --python-version 3.11 \
+	  --only-binary=:all: numpy==1.26.4 jinja2 diskcache typing_extensions
+	tar xzf build/upstream/llama_cpp_python-*.tar.gz -C $(@D)/site --strip-components=1 --wildcards '*/llama_cpp/*'
+	touch $@
+
+test-arm-tools:
+	@command -v $(QEMU) >/dev/null || { echo "make test-arm: no $(QEMU): apt-get install qemu-user-static"; exit 2; }
+	@command -v debootstrap >/dev/null || { echo "make test-arm: no debootstrap: apt-get install debootstrap"; exit 2; }
+
+test-arm: test-arm-tools arm $(VENV)/.installed
+	$(MAKE) $(ARM)/root/.unpacked
+	PYTHONPATH=.:converter:tests $(BIN)/python tests/arm.py expect $(ARM)/cases
+	for cpu in $(ARM_CPU); do echo "== $$cpu"; \
+	  PYTHONHOME=$(ARM)/root/usr PYTHONPATH=$(ARM)/root/site:.:tests LLAMA_CPP_LIB_PATH=$(ARM)/install/pyfirst/lib \
+	  $(QEMU) -cpu $$cpu -L $(ARM)/root $(ARM)/root/usr/bin/python3.11 tests/arm.py check $(ARM)/cases || exit 1; done
+
+wheels: $(BIN)/python
+	$(BIN)/pip install -q cibuildwheel
+	$(BIN)/cibuildwheel --platform linux --output-dir build/wheels
 
 clean:
 	rm -rf $(VENV) build
