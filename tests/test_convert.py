@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import re
@@ -219,7 +220,9 @@ def test_ctrl_c_and_kill_leave_nothing_at_the_final_name(sent, code, processes, 
     out.write_bytes(b"the old file")
     command = [sys.executable, "-m", "first_convert.convert", model, "--outfile", out, "--force"]
     for stage in ("job.json", "model.gguf", "quantised.gguf"):
-        process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
+        # Where the tests run in the background of a shell, children would inherit that Ctrl-C is ignored.
+        reset = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL, preexec_fn=reset)
         while process.poll() is None and not list(tmp_path.glob(f".out*/{stage}")):
             time.sleep(0.002)
         process.send_signal(sent)
