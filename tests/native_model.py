@@ -26,6 +26,8 @@ class NativeModel:
         kv_unified=False,
         n_threads=2,
         f32_cache=True,
+        flash_attn=False,
+        cb_eval=None,
     ):
         llama_cpp.llama_backend_init()
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
@@ -41,7 +43,9 @@ class NativeModel:
         params.n_threads = params.n_threads_batch = n_threads
         params.kv_unified = kv_unified
         params.no_perf = False
-        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.flash_attn_type = int(flash_attn)  # LLAMA_FLASH_ATTN_TYPE_DISABLED, _ENABLED
+        if cb_eval:
+            params.cb_eval = cb_eval
         if f32_cache:
             params.type_k = params.type_v = GGML_TYPE_F32
         self.ctx = llama_cpp.llama_init_from_model(self.model, params)
@@ -51,14 +55,14 @@ class NativeModel:
         self.n_layer = llama_cpp.llama_model_n_layer(self.model)
         self.memory = llama_cpp.llama_get_memory(self.ctx)
 
-    def decode(self, tokens: Sequence[tuple[int, int, int]], outputs: str = "all") -> np.ndarray:
-        """Run (token, position, sequence) triples; logits float32 [outputs, vocab], "all" or "last"."""
+    def decode(self, tokens: Sequence[tuple[int, int, int]], outputs: str | Sequence[bool] = "all") -> np.ndarray:
+        """Run (token, position, sequence) triples; logits float32 [outputs, vocab]: "all", "last" or those marked."""
         batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
         try:
             batch.n_tokens = len(tokens)
             for i, (token, position, seq) in enumerate(tokens):
                 batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, position, 1, seq
-                batch.logits[i] = outputs == "all" or i == len(tokens) - 1
+                batch.logits[i] = (outputs == "all" or i == len(tokens) - 1) if isinstance(outputs, str) else outputs[i]
             status = llama_cpp.llama_decode(self.ctx, batch)
             if status:
                 raise RuntimeError(f"llama_decode returned {status}")

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +219,183 @@ def test_mixed_masks_in_one_batch_equal_solo_runs(arch, kv_unified, tiny_model):
             n_next = len(found[seq]) - len(prompts[seq])
             truth = tiny.gold(net, every[seq], prompts[seq], following[seq][:n_next], "skip")
             assert_same(np.array(found[seq]), truth)
+
+
+class Crowd:
+    """Sequences that come and go in one context, each with its own mask and greedy; every step is one batch."""
+
+    def __init__(self, model: NativeModel, n_seq: int, seed: int, prefill: str = "skip"):
+        self.model, self.prefill, self.rng = model, prefill, np.random.default_rng(seed)
+        self.slots: list[dict | None] = [None] * n_seq
+        self.done: list[dict] = []
+        self.made = 0
+
+    def join(self, slot: int, mask: np.ndarray | None = None) -> None:
+        import llama_cpp
+
+        self.made += 1
+        if mask is None:
+            mask = self.rng.random(self.model.n_layer) < 0.7
+        if self.slots[slot]:
+            self.done.append(self.slots[slot])
+            llama_cpp.llama_memory_seq_rm(self.model.memory, slot, -1, -1)
+        length = int(self.rng.integers(1, 24))
+        self.slots[slot] = {"mask": mask, "prompt": tiny.prompt(length, self.made), "ids": [], "rows": [], "fed": 0}
+        if self.prefill == "skip":
+            self.model.set_mask(mask, slot)
+
+    def step(self, chunk: int = 9) -> None:
+        """One batch, sequences in random order: the next piece of a prompt, or the token that was just chosen."""
+        tokens, outputs, owners = [], [], []
+        present = [i for i in range(len(self.slots)) if self.slots[i]]
+        for slot in self.rng.permutation(present).tolist():
+            state = self.slots[slot]
+            ids = [*state["prompt"], *state["ids"]][state["fed"] :][:chunk]
+            for token in ids:
+                tokens.append((token, state["fed"], slot))
+                state["fed"] += 1
+                outputs.append(state["fed"] >= len(state["prompt"]))
+                owners += [slot] * outputs[-1]
+        if not any(outputs):
+            outputs[-1] = True  # llama.cpp has no use for a batch without; nobody looks at it
+        rows = self.model.decode(tokens, outputs)
+        for slot, row in zip(owners, rows, strict=False):
+            state = self.slots[slot]
+            if not state["ids"] and self.prefill == "full":
+                self.model.set_mask(state["mask"], slot)
+            state["rows"].append(row)
+            state["ids"].append(int(row.argmax()))
+
+    def everybody(self) -> list[dict]:
+        return [*self.done, *(state for state in self.slots if state)]
+
+
+def check_crowd(crowd: Crowd, net) -> None:
+    for state in crowd.everybody():
+        if state["rows"]:
+            truth = tiny.gold(net, state["mask"], state["prompt"], state["ids"][:-1], crowd.prefill)
+            assert_same(np.array(state["rows"]), truth[len(state["prompt"]) - 1 :])
+
+
+@pytest.mark.parametrize("kv_unified", [False, True])
+@pytest.mark.parametrize("arch", ["llama", "llama-bias", "qwen2", "qwen3", "gemma3", "phi3", "mixtral", "olmo2"])
+def test_sequences_come_and_go_and_each_runs_as_if_alone(arch, kv_unified, tiny_model):
+    """Prompts, steps, joins, leaves, masks and orders mixed; 64 greedy tokens of the sequence that stays."""
+    folder, path = tiny_model(arch)
+    with opened(path, n_seq=6, n_ctx=128, n_batch=64, n_ubatch=32, kv_unified=kv_unified) as model:
+        layers = np.arange(model.n_layer)
+        crowd = Crowd(model, 6, seed=len(arch), prefill="full" if arch == "qwen2" else "skip")
+        for slot, mask in enumerate((layers != 1, layers != 0, layers != model.n_layer - 1, layers == 1)):
+            crowd.join(slot, mask)
+        for step in range(67):
+            if step % 5 == 3:
+                crowd.join(1 + step // 5 % 5)
+            crowd.step()
+        assert len(crowd.slots[0]["ids"]) >= 64 and crowd.made > 12
+    check_crowd(crowd, tiny.load(folder))
+
+
+@pytest.mark.parametrize("kv_unified", [False, True])
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_flash_attention_sees_only_the_rows_that_keep_the_layer(arch, kv_unified, tiny_model):
+    """Its mask and keys are float16, so the truth is the same library with one sequence at a time."""
+    path = tiny_model(arch)[1]
+    every = [*masks(7 if arch == "gemma3" else 4)[1:], np.ones(7 if arch == "gemma3" else 4, bool)]
+    prompts = [tiny.prompt(3 + 4 * i, seed=i) for i in range(len(every))]
+    following = [tiny.prompt(8, seed=40 + i) for i in range(len(every))]
+    kwargs = {"kv_unified": kv_unified, "flash_attn": True}
+    with opened(path, n_seq=len(every), **kwargs) as model, opened(path, **kwargs) as alone:
+        for seq, mask in enumerate(every):
+            model.set_mask(mask, seq)
+        model.decode([(t, i, seq) for seq, prompt in enumerate(prompts) for i, t in enumerate(prompt)])
+        rows = [
+            model.decode([(f[i], len(p) + i, s) for s, (p, f) in enumerate(zip(prompts, following, strict=True))])
+            for i in range(8)
+        ]
+        for seq, mask in enumerate(every):
+            truth = run(alone, mask, "skip", prompts[seq], following[seq])[len(prompts[seq]) :]
+            assert np.abs(np.array(rows)[:, seq] - truth).max() < 1e-3
+
+
+def rows_computed(path, layer_masks: Sequence[np.ndarray], **kwargs) -> dict[int, int]:
+    """Layer -> rows of its feed-forward part in a decode step of sequences with these masks."""
+    import ctypes
+
+    import llama_cpp
+
+    base = ctypes.CDLL(str(next(native.lib_dir().glob("libggml-base.*"))))
+    base.ggml_get_name.restype, base.ggml_get_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+    base.ggml_nrows.restype, base.ggml_nrows.argtypes = ctypes.c_int64, [ctypes.c_void_p]
+    found: dict[int, int] = {}
+
+    @llama_cpp.ggml_backend_sched_eval_callback
+    def look(tensor, ask, _):
+        name = base.ggml_get_name(tensor).decode()
+        if name.startswith("ffn_out-"):
+            found[int(name.split("-")[1])] = base.ggml_nrows(tensor)
+        return not ask
+
+    with opened(path, n_seq=len(layer_masks), cb_eval=look, **kwargs) as model:
+        for seq, mask in enumerate(layer_masks):
+            model.set_mask(mask, seq)
+        for seq in range(len(layer_masks)):
+            model.feed(PROMPT[: 3 + seq], seq=seq)
+        found.clear()
+        model.decode([(5, 3 + seq, seq) for seq in range(len(layer_masks))])
+    return found
+
+
+@pytest.mark.parametrize("kv_unified", [False, True])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma3", "phi3", "stablelm"])
+def test_a_batch_pays_for_the_sum_of_the_layers_kept(arch, kv_unified, tiny_model):
+    """Other architectures run all rows of a layer that one of them keeps."""
+    path = tiny_model(arch)[1]
+    n_layer = 7 if arch == "gemma3" else 4
+    every = [np.arange(n_layer) % 4 != k for k in (0, 1, 1, 3)]
+    kept = np.sum(every, axis=0)
+    expected = kept if arch != "stablelm" else np.full(n_layer, 4)
+    found = rows_computed(path, every, kv_unified=kv_unified)
+    assert found == dict(enumerate(expected.tolist()))
+
+
+@pytest.mark.parametrize("kv_unified", [False, True])
+def test_graphs_are_reused_while_the_membership_stays(kv_unified, tiny_model):
+    every = masks(4)
+    with opened(tiny_model("llama")[1], n_seq=5, kv_unified=kv_unified) as model:
+        for seq, mask in enumerate(every):
+            model.set_mask(mask, seq)
+            model.feed(PROMPT, seq=seq)
+        steps = [[(5, 20 + i, seq) for seq in range(5)] for i in range(9)]
+        model.decode(steps[0])
+        before = model.reused()
+        for step in steps[1:]:
+            model.decode(step)
+        assert model.reused() - before == 8
+        model.set_mask([0, 1, 1, 0], 0)  # one layer less
+        before = model.reused()
+        for i in range(29, 34):
+            model.decode([(5, i, seq) for seq in range(5)])
+        assert 3 <= model.reused() - before <= 5
+
+
+@pytest.mark.parametrize("n_seq", [2, 5, 7, 9, 34])
+@pytest.mark.parametrize("kind", ["q4_0", "iq4_nl"])
+def test_rows_of_quantized_weights_do_not_depend_on_their_neighbours(kind, n_seq, tiny_model, tmp_path):
+    """Kernels take rows in blocks, and a layer may run rows that skip it to fill one up."""
+    from first_convert.convert import convert
+
+    path = tmp_path / f"{kind}.gguf"
+    convert(tiny_model("llama")[0], outfile=path, outtype=kind)
+    rng = np.random.default_rng(n_seq)
+    every = rng.random((n_seq, 4)) < 0.7
+    ids = rng.integers(3, 300, (n_seq, 4)).tolist()
+    with opened(path, n_seq=n_seq, n_ctx=32, kv_unified=True) as model, opened(path) as alone:
+        for seq, mask in enumerate(every):
+            model.set_mask(mask, seq)
+        rows = np.array([model.decode([(ids[seq][i], i, seq) for seq in range(n_seq)]) for i in range(4)])
+        for seq, mask in enumerate(every):
+            truth = run(alone, mask, "skip", ids[seq][:1], ids[seq][1:])
+            assert np.abs(rows[:, seq] - truth).max() < 1e-5 * np.abs(truth).max()
 
 
 def test_prompts_routed_together_decide_as_alone(routed):
