@@ -142,7 +142,8 @@ def page(result: dict[str, Any]) -> str:
     lines = ["# Quality against decode speed", ""]
     if missed:
         lines += [
-            f"Not on the frontier, because something else is faster and at least as good: {', '.join(map(name, missed))}.",
+            "Not on the frontier, because something else is faster and at least as good: "
+            + f"{', '.join(map(name, missed))}.",
             "",
         ]
     lines += [
