@@ -12,11 +12,11 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from demo import decode_speed
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from first_convert.convert import convert
@@ -56,16 +56,6 @@ def open_model(gguf: Path, arguments: dict[str, Any], threads: int | None) -> Sc
         arguments["draft_model"] = LlamaPromptLookupDecoding(max_ngram_size=2, num_pred_tokens=4)
         arguments["logits_all"] = True
     return Scorer(str(gguf), n_ctx=640, n_threads=threads, n_threads_batch=threads, **arguments)
-
-
-def decode_speed(llm: Scorer, prompt: list[int], n: int) -> float:
-    """Tokens per second behind the first, greedy, whatever the tokens are."""
-    tokens = llm.generate(prompt, temp=0.0)
-    next(tokens)
-    start = time.perf_counter()
-    for _ in range(n):
-        next(tokens)
-    return n / (time.perf_counter() - start)
 
 
 def quality(gguf: Path, point: dict[str, Any], tests: list[str], limit: int, threads: int | None) -> dict[str, Any]:

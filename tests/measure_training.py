@@ -34,10 +34,7 @@ def parity(model_dir: str, recipe_dir: str, data: list[str], count: int, new: in
     """Masks and greedy tokens of ``count`` prompts, torch's ``generate`` against the GGUF, all in float32."""
     recipe = load_recipe(recipe_dir)
     config = recipe.config
-    routers = Routers(config.block_count, config.embedding_length, config.router_norm)
-    with torch.no_grad():
-        routers.weight.copy_(torch.from_numpy(recipe.weight))
-        routers.bias.copy_(torch.from_numpy(recipe.bias))
+    routers = Routers.from_recipe(recipe)
     base, tokenizer = load_model(model_dir, bf16=False)
     if recipe.adapter_dir:
         base = PeftModel.from_pretrained(base, recipe.adapter_dir)

@@ -84,10 +84,7 @@ def test_stored_recipe_decides_as_measured(folder, trained, data):
 
     recipe = load_recipe(trained)
     config = recipe.config
-    routers = Routers(config.block_count, config.embedding_length, config.router_norm)
-    with torch.no_grad():
-        routers.weight.copy_(torch.from_numpy(recipe.weight))
-        routers.bias.copy_(torch.from_numpy(recipe.bias))
+    routers = Routers.from_recipe(recipe)
     base = PeftModel.from_pretrained(tiny.load(folder), trained)
     model = FirstModel(base, routers, config.threshold, config.prefill, protected=config.protected)
     examples, _ = load_examples(read_jsonl(data), AutoTokenizer.from_pretrained(folder), 512)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pyfirst.training.data import Example, collate
-from pyfirst.training.routers import FirstModel, masked_mean, per_example
+from pyfirst.training.routers import FirstModel, per_example
 
 
 def paper_loss(cross_entropy: torch.Tensor, scores: torch.Tensor, weight: float) -> torch.Tensor:
@@ -78,17 +78,8 @@ def leave_one_out(model: FirstModel, examples: Sequence[Example], batch_size: in
     for start in range(0, len(order), batch_size):
         chosen = [examples[i] for i in order[start : start + batch_size]]
         batch = {k: v.to(device) for k, v in collate(chosen).items()}
-        means: list[torch.Tensor] = []
-        prompt = batch["prompt_mask"].bool()
-
-        def record(_: Any, args: Any, kwargs: Any, prompt: Any = prompt, means: Any = means) -> None:
-            hidden = model.routers.normalise(args[0] if args else kwargs["hidden_states"])
-            means.append(masked_mean(hidden, prompt[..., None]))
-
-        hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in model.layers]
-        whole = per_example(model(**batch, dense=True), len(chosen))
-        for hook in hooks:
-            hook.remove()
+        with model.features(batch["prompt_mask"].bool()) as means:
+            whole = per_example(model(**batch, dense=True), len(chosen))
         features.append(torch.stack(means, 1))
         cached = model.after_prompt(chosen) if model.prefill == "full" else None
         delta = torch.full((len(chosen), model.block_count), torch.inf, device=device)
@@ -128,12 +119,18 @@ def start_from(
     y = (y / y.abs().median(1, keepdim=True).values.clamp(min=1e-6)).clamp(-spread, spread)
     for column, layer in enumerate(open_layers):
         x, target = features[:, layer], y[:, column]
-        centre = x.mean(0)
-        gram = (x - centre) @ (x - centre).T
-        ridge = 0.1 * gram.diagonal().mean().clamp(min=1e-6)
-        dual = torch.linalg.solve(gram + ridge * torch.eye(len(x), device=x.device), target - target.mean())
-        model.routers.weight[layer] = (x - centre).T @ dual
-        model.routers.bias[layer] = target.mean() - model.routers.weight[layer] @ centre
+        weight, centre = ridge(x, target)
+        model.routers.weight[layer] = weight
+        model.routers.bias[layer] = target.mean() - weight @ centre
+
+
+def ridge(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights float32 [D] of the ridge regression of y [N] on x [N, D], both centred, and the mean [D] of x."""
+    centre = x.mean(0)
+    gram = (x - centre) @ (x - centre).T
+    penalty = 0.1 * gram.diagonal().mean().clamp(min=1e-6)
+    dual = torch.linalg.solve(gram + penalty * torch.eye(len(x), device=x.device), y - y.mean())
+    return (x - centre).T @ dual, centre
 
 
 def router_parameters(model: FirstModel, rate: float) -> list[dict[str, Any]]:

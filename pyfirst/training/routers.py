@@ -19,9 +19,10 @@ All of it is float32, whatever the model's dtype. Protected layers are always ke
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from pyfirst.errors import InputError
+from pyfirst.recipe import Recipe
 
 RMS_EPS = 1e-6
 
@@ -42,6 +44,16 @@ class Routers(nn.Module):
         self.weight = nn.Parameter(torch.zeros(block_count, embedding_length, dtype=torch.float32))
         self.bias = nn.Parameter(torch.zeros(block_count, dtype=torch.float32))
         self.norm = norm
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> Routers:
+        """The routers that a recipe holds."""
+        config = recipe.config
+        routers = cls(config.block_count, config.embedding_length, config.router_norm)
+        with torch.no_grad():
+            routers.weight.copy_(torch.from_numpy(recipe.weight))
+            routers.bias.copy_(torch.from_numpy(recipe.bias))
+        return routers
 
     def normalise(self, hidden: torch.Tensor) -> torch.Tensor:
         """n(h) in float32, shape as ``hidden``."""
@@ -301,12 +313,35 @@ class FirstModel(nn.Module):
             gate = (keep[:, None] | ~route.routed)[..., None]
         return gate, (score if route.straight_through else None)
 
+    def deciding(self, prompt: torch.Tensor) -> torch.Tensor:
+        """The tokens whose scores decide, bool [B, T], of those that are prompt."""
+        return prompt if self.prefill == "full" else prompt & (prompt.cumsum(1) <= self.window)
+
+    @contextlib.contextmanager
+    def features(self, tokens: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+        """Collect from the forward pass inside the block the mean of n(h_l) over ``tokens``, bool [B, T].
+
+        Yields a list that gets a float32 [B, D] for each layer in turn.
+        """
+        means: list[torch.Tensor] = []
+
+        def record(_: Any, args: Any, kwargs: Any) -> None:
+            hidden = self.routers.normalise(args[0] if args else kwargs["hidden_states"])
+            means.append(masked_mean(hidden, tokens[..., None]))
+
+        hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in self.layers]
+        try:
+            yield means
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def _start(self, prompt: torch.Tensor, keep: torch.Tensor | None) -> Pass:
         """A pass over ``prompt``, bool [B, T] and true on prompt tokens; ``keep`` forces the masks."""
         if not bool(prompt.any(1).all()):
             row = int((~prompt.any(1)).nonzero()[0])
             raise InputError(f"row {row} of the batch has no prompt token, only padding")
-        deciding = prompt if self.prefill == "full" else prompt & (prompt.cumsum(1) <= self.window)
+        deciding = self.deciding(prompt)
         routed = ~prompt if self.prefill == "full" else None
         shape = (prompt.shape[0], self.block_count)
         if keep is None:

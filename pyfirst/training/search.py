@@ -22,7 +22,9 @@ import torch
 
 from pyfirst.errors import InputError
 from pyfirst.training.data import Example, collate
-from pyfirst.training.routers import FirstModel, masked_mean, per_example
+from pyfirst.training.objectives import ridge
+from pyfirst.training.report import batches
+from pyfirst.training.routers import FirstModel, per_example
 
 # Largest and smallest size of a router's logit on the prompts it is fitted to.
 SPREAD = 1.5
@@ -219,23 +221,9 @@ def fit_routers(
     """
     device = model.routers.weight.device
     features = torch.empty(len(examples), *model.routers.weight.shape, device=device)
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = {k: v.to(device) for k, v in collate([examples[i] for i in chosen]).items()}
-        prompt = batch["prompt_mask"].bool()
-        if model.prefill == "skip":
-            prompt = prompt & (prompt.cumsum(1) <= model.window)
-        means: list[torch.Tensor] = []
-
-        def record(_: object, args: tuple, kwargs: dict, prompt: torch.Tensor = prompt, means: list = means) -> None:
-            hidden = model.routers.normalise(args[0] if args else kwargs["hidden_states"])
-            means.append(masked_mean(hidden, prompt[..., None]))
-
-        hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in model.layers]
-        model(**batch, keep=masks[groups[chosen]])
-        for hook in hooks:
-            hook.remove()
+    for chosen, batch in batches(examples, batch_size, device):
+        with model.features(model.deciding(batch["prompt_mask"].bool())) as means:
+            model(**batch, keep=masks[groups[chosen]])
         features[chosen] = torch.stack(means, 1)
     for layer in range(model.block_count):
         y = targets[:, layer].to(device)[groups.to(device)]
@@ -244,11 +232,7 @@ def fit_routers(
             model.routers.bias[layer] = targets[:, layer].mean()
             continue
         x = features[:, layer]
-        centre = x.mean(0)
-        gram = (x - centre) @ (x - centre).T
-        ridge = 0.1 * gram.diagonal().mean().clamp(min=1e-6)
-        dual = torch.linalg.solve(gram + ridge * torch.eye(len(x), device=device), y - y.mean())
-        weight = (x - centre).T @ dual
+        weight, centre = ridge(x, y)
         found = (x - centre) @ weight
         skips = ~masks[:, layer].to(device)[groups.to(device)]
         border = found[skips].mean() + 0.35 * (found[~skips].mean() - found[skips].mean())

@@ -226,11 +226,7 @@ def train(args: argparse.Namespace) -> Path:
         base = get_peft_model(base, lora)
         # What a user's disk is called is nobody's business.
         base.peft_config["default"].base_model_name_or_path = config.base_model
-    routers = Routers(count, width, config.router_norm)
-    if earlier:
-        with torch.no_grad():
-            routers.weight.copy_(torch.from_numpy(earlier.weight))
-            routers.bias.copy_(torch.from_numpy(earlier.bias))
+    routers = Routers.from_recipe(earlier) if earlier else Routers(count, width, config.router_norm)
     model = FirstModel(base, routers, config.threshold, config.prefill, config.window, config.protected)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
 
