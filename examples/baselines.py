@@ -47,27 +47,26 @@ def systems() -> dict[str, tuple[str, list[str]]]:
     return found
 
 
-def score(gguf: Path, tests: list[str], limit: int, generate: bool, threads: int | None) -> dict[str, Any]:
+def score(gguf: Path, tests: list[str], limit: int, answers: int, threads: int | None) -> dict[str, Any]:
     """What each example contributes to each score, by task, so that systems can be compared in pairs."""
+
+    def rows_of(path: str, limit: int, metric: str) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        evaluate(
+            [str(gguf)], [path], limit=limit, metrics=[metric], max_tokens=96, threads=threads, on_answer=rows.append
+        )
+        return rows
+
     tasks: dict[str, Any] = {}
     for path in tests:
-        rows: list[dict[str, Any]] = []
-        # Answers to sums are long and say little about layers: their cross-entropy is enough.
-        wanted = generate and "gsm8k" not in Path(path).name
-        evaluate(
-            [str(gguf)],
-            [path],
-            limit=limit,
-            metrics=["ce", *(["rougeL"] if wanted else [])],
-            max_tokens=96,
-            threads=threads,
-            on_answer=rows.append,
-        )
+        rows = rows_of(path, limit, "ce")
         found: dict[str, Any] = {
-            "ce": [[-row["log_likelihood"], row["reference_tokens"]] for row in rows],
+            "ce": [[round(-row["log_likelihood"], 4), row["reference_tokens"]] for row in rows],
             "skipped": [row["skipped"] for row in rows],
         }
-        if wanted:
+        # Answers to sums are long and say little about layers: their cross-entropy is enough.
+        if answers and "gsm8k" not in Path(path).name:
+            rows = rows_of(path, answers, "rougeL")
             texts, references = [row["text"] for row in rows], [row["references"] for row in rows]
             found["bleu"] = bleu(texts, references).rows.tolist()
             found["rougeL"] = rouge(texts, references, "rougeL").rows[:, 0].round(4).tolist()
@@ -100,8 +99,9 @@ def run(name: str, options: list[str], args: argparse.Namespace) -> dict[str, An
         "options": options,
         "steps": args.steps,
         "limit": args.limit,
+        "answers": args.answers,
         "training": {k: config["training"][k] for k in ("options", "held_back", "warnings")},
-        "tasks": score(gguf, args.test, args.limit, generate, args.threads),
+        "tasks": score(gguf, args.test, args.limit, args.answers if generate else 0, args.threads),
     }
     gguf.unlink()
     return result
@@ -129,24 +129,21 @@ def statistics(result: dict[str, Any], weights: dict[str, str]) -> dict[str, Sta
 
 
 def table(folder: Path, titles: dict[str, str]) -> str:
-    """docs/baselines.md from the JSON files in ``folder``."""
+    """The page docs/baselines.md from the JSON files in ``folder``."""
     results = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json"))}
     shown = [name for name in titles if name in results]
     any_result = results[shown[0]]
     tasks = list(any_result["tasks"])
     scores = {"describe": "bleu", "summarize": "rougeL"}
-    names = [task for task in tasks for _ in any_result["tasks"][task]["ce"]]
-    drawn = draw(names, 0)
-    places = {task: np.flatnonzero([n == task for n in names]) for task in tasks}
     measured = {name: statistics(results[name], scores) for name in shown}
 
     def cell(name: str, score: str, against: str | None, digits: int) -> str:
         if score not in measured[name]:
             return "-"
-        chosen = np.arange(len(names)) if score == "ce" else places[score.split()[0]]
         first = measured[against].get(score) if against in measured and against != name else None
-        weights = drawn[:, chosen]
-        found = estimate(measured[name][score], weights, np.arange(len(chosen)), first)
+        strata = [task for task in tasks if score in ("ce", f"{task} ce") for _ in any_result["tasks"][task]["ce"]]
+        strata = strata or [score] * len(measured[name][score].rows)
+        found = estimate(measured[name][score], draw(strata, 0), np.arange(len(strata)), first)
         text = f"{found['value']:.{digits}f}"
         if found["difference"]:
             gap = found["difference"]
@@ -175,8 +172,9 @@ def table(folder: Path, titles: dict[str, str]) -> str:
     head = [
         "# FiRST against other ways to leave out layers",
         "",
-        f"Test examples a task: {any_result['limit']} (the first of each file), {any_result['steps']} optimizer steps",
-        f"of 9 examples for every LoRA, seed {any_result['seed']}, q8_0, scored in the runtime. In brackets the",
+        f"Test examples of each task: the first {any_result['limit']} for cross-entropy,",
+        f"{any_result['answers']} for BLEU and ROUGE-L. {any_result['steps']} optimizer steps of 9 examples for every",
+        f"LoRA, seed {any_result['seed']}, q8_0, scored in the runtime. In brackets the",
         "difference to FiRST + LoRA with its 95% interval (paired bootstrap); where it leaves out 0, one is better.",
         "Cross-entropy in nats per token of the first reference: lower is better. Written by `examples/baselines.py`",
         "from `docs/results/baselines/*.json`.",
@@ -191,7 +189,8 @@ def main() -> None:
     parser.add_argument("--test", nargs="+", default=[], metavar="FILE")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some of " + ", ".join(systems()))
     parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--limit", type=int, default=100, help="test examples of each file")
+    parser.add_argument("--limit", type=int, default=300, help="test examples of each file for cross-entropy")
+    parser.add_argument("--answers", type=int, default=100, help="and for answers, which BLEU and ROUGE-L score")
     parser.add_argument("--generate", choices=("all", "key"), default="key", help="which systems also answer")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int)

@@ -12,7 +12,19 @@ from pyfirst.errors import InputError
 from pyfirst.training import report
 from pyfirst.training.data import Example
 from pyfirst.training.routers import FirstModel, Routers
-from pyfirst.training.search import MARGIN, SPREAD, fit_routers, search, static_mask, trial
+from pyfirst.training.search import (
+    MARGIN,
+    SPREAD,
+    allocate,
+    find_orders,
+    fit_routers,
+    nested,
+    removal_order,
+    settle,
+    static_mask,
+    targets_of,
+    trial,
+)
 
 
 def costs(*worth: float):
@@ -25,47 +37,49 @@ def costs(*worth: float):
     return run
 
 
-def test_layers_go_where_they_cost_least():
+def test_the_cheapest_layers_go_first():
     protected = torch.tensor([True, False, False, False, False])
-    easy, hard = costs(9, 0.1, 0.2, 0.3, 5), costs(9, 4, 0.15, 6, 7)
-    masks, targets = search([easy, hard], protected, 4)
-    assert masks.tolist() == [[True, False, False, False, True], [True, True, False, True, True]]
-    assert targets[~masks].max() == -MARGIN
-    assert targets[~masks].min() == -SPREAD
-    assert targets[masks].min() >= MARGIN
-    assert targets[0, 1] < targets[0, 2] < targets[0, 3] < targets[0, 4]
+    assert removal_order(costs(0, 0.1, 5, 0.3, 0.2), protected, 3) == [1, 4, 3]
+    assert removal_order(costs(0, 0.1, 5, 0.3, 0.2), protected, 9) == [1, 4, 3, 2]
+    assert nested(torch.tensor([1, 4]), 5).int().tolist() == [[1, 1, 1, 1, 1], [1, 0, 1, 1, 1], [1, 0, 1, 1, 0]]
 
 
 def test_lazy_search_equals_full_greedy_where_costs_rise():
     torch.manual_seed(0)
-    protected = torch.zeros(7, dtype=torch.bool)
-    runs = [costs(*torch.rand(7).tolist()) for _ in range(3)]
-    masks = torch.ones(3, 7, dtype=torch.bool)
-    for _ in range(8):
-        best = None
-        for group, layer in itertools.product(range(3), range(7)):
-            if masks[group, layer]:
-                mask = masks[group].clone()
-                mask[layer] = False
-                delta = float((runs[group](mask) - runs[group](masks[group])).mean())
-                best = min(best or (delta, group, layer), (delta, group, layer))
-        masks[best[1], best[2]] = False
-    assert torch.equal(search(runs, protected, 8)[0], masks)
-
-
-def test_a_search_goes_on_from_an_earlier_one():
-    torch.manual_seed(1)
-    protected = torch.zeros(6, dtype=torch.bool)
-    runs = [costs(*torch.rand(6).tolist()) for _ in range(2)]
-    masks, targets = search(runs, protected, 2)
-    again, ranked = search(runs, protected, 5, before=targets)
-    assert torch.equal(again, search(runs, protected, 5)[0])
-    assert ranked[~masks].max() < ranked[~again & masks].min()
+    run = costs(*torch.rand(9).tolist())
+    mask = torch.ones(9, dtype=torch.bool)
+    expected = []
+    for _ in range(6):
+        tried = {}
+        for layer in mask.nonzero()[:, 0].tolist():
+            without = mask.clone()
+            without[layer] = False
+            tried[layer] = float(run(without).mean())
+        expected.append(min(tried, key=tried.__getitem__))
+        mask[expected[-1]] = False
+    assert removal_order(run, torch.zeros(9, dtype=torch.bool), 6) == expected
 
 
 def test_search_refuses_nan():
     with pytest.raises(InputError, match="not finite"):
-        search([lambda keep: torch.tensor([float("nan")])], torch.zeros(3, dtype=torch.bool), 1)
+        removal_order(lambda keep: torch.tensor([float("nan")]), torch.zeros(3, dtype=torch.bool), 1)
+
+
+def test_layers_are_shared_out_for_the_least_sum():
+    torch.manual_seed(2)
+    curves = torch.rand(3, 5).sort(1).values  # not convex: taking the cheapest step each time would not do
+    for removals in range(13):
+        every = [d for d in itertools.product(range(5), repeat=3) if sum(d) == removals]
+        best = min(every, key=lambda depths: float(sum(curves[g, d] for g, d in enumerate(depths))))
+        assert tuple(allocate(curves, removals)) == best
+
+
+def test_targets_rank_layers_by_their_cost():
+    orders, curves = torch.tensor([[1, 2], [3, 1]]), torch.tensor([[1.0, 1.1, 1.4], [2.0, 2.3, 4.0]])
+    masks = torch.tensor([[True, False, False, True], [True, True, True, True]])
+    targets = targets_of(orders, curves, masks)
+    assert targets[0].tolist() == [SPREAD, -SPREAD, -MARGIN, SPREAD]
+    assert targets[1].tolist() == [SPREAD, SPREAD, SPREAD, MARGIN]
 
 
 def test_static_masks():
@@ -76,6 +90,7 @@ def test_static_masks():
         return (~static_mask(kind, protected, count, run, 7)).nonzero()[:, 0].tolist()
 
     assert skipped("loo") == [2, 4]
+    assert skipped("greedy", 3) == [1, 2, 4]
     assert skipped("even") == [2, 5]
     assert skipped("1,3,6") == [1, 3, 6]
     assert skipped("random") == skipped("random")
@@ -138,3 +153,19 @@ def test_fitted_routers_give_prompts_the_mask_of_their_task(folder, prefill):
     _, keep, _ = report.losses(model, unseen[80:], 8)
     assert (keep == masks[kinds[80:]]).float().mean() > 0.95
     assert not model.routers.weight[2].any()
+
+
+def test_tasks_get_the_masks_that_cost_least(folder):
+    model = wrapped(folder, "full")
+    some, _ = examples(8)
+    orders = find_orders(model, some, ["0", "1"], 0.25, 2, lambda text: None)
+    assert orders.shape == (2, 2)
+    masks, targets = settle(model, some, ["0", "1"], orders, 0.25, 2, lambda text: None)
+    assert torch.equal(masks, targets > 0)
+    assert int((~masks).sum()) == 2
+    assert bool(masks[:, 0].all())
+    runs = [trial(model, [e for e in some if e.task == task], 2) for task in ("0", "1")]
+    ladders = [nested(order, 4) for order in orders]
+    sums = [float(runs[0](ladders[0][d]).mean() + runs[1](ladders[1][2 - d]).mean()) for d in range(3)]
+    found = float(sum(run(mask).mean() for run, mask in zip(runs, masks, strict=True)))
+    assert abs(found - min(sums)) < 1e-5

@@ -70,7 +70,7 @@ def test_a_run_leaves_a_complete_recipe(folder, trained):
     results = config.training["held_back"]
     assert abs(results["skipped"] - 0.25) < 0.15
     assert {"base", "dense_lora", "routed", "tasks", "task_from_mask"} <= set(results)
-    assert [p["name"] for p in config.training["phases"]] == ["warm-up", "lora"]
+    assert [p["name"] for p in config.training["phases"]] == ["warm-up", "depths", "lora"]
     card = (trained / "README.md").read_text(encoding="utf-8")
     assert "CC0" in card
     assert str(folder.parent) not in card + (trained / "adapter_config.json").read_text(encoding="utf-8")
@@ -102,7 +102,7 @@ def test_same_seed_same_recipe(folder, data, trained, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (trained / name).read_bytes()
 
 
-@pytest.mark.parametrize(("name", "step"), [("warm-up", 1), ("lora", 1), ("lora", 4)])
+@pytest.mark.parametrize(("name", "step"), [("warm-up", 1), ("depths", 1), ("lora", 1), ("lora", 3)])
 def test_resumed_is_bit_equal(folder, data, trained, tmp_path, monkeypatch, name, step):
     """Interrupted right behind a checkpoint, within a phase or at its end, then resumed."""
     out = tmp_path / "out"
@@ -153,12 +153,14 @@ def test_gates_learn_with_the_lora(folder, data, tmp_path, monkeypatch):
         assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
-def test_rounds_train_between_searches(folder, data, tmp_path, capsys):
-    assert main(arguments(folder, data, tmp_path / "out", "--rounds", "2", "--target-skip", "0.5")) == 0
-    config = load_recipe(tmp_path / "out").config
-    kept = [phase["log"][-1]["kept"] for phase in config.training["phases"]]
-    assert kept == [1.0, 0.75, 0.5]
-    assert capsys.readouterr().err.count("a mask for each task, tried") == 2
+def test_the_lora_meets_many_depths_before_one_is_chosen(folder, data, tmp_path, capsys):
+    assert main(arguments(folder, data, tmp_path / "out")) == 0
+    phases = {phase["name"]: phase for phase in load_recipe(tmp_path / "out").config.training["phases"]}
+    assert list(phases) == ["warm-up", "depths", "lora"]
+    assert phases["lora"]["log"][-1]["kept"] == 0.75
+    assert any(0 < share < 1 for share in phases["depths"]["layer_kept"])
+    said = capsys.readouterr().err
+    assert said.count("leaving out layers") == 2
 
 
 @pytest.mark.parametrize("kind", ["greedy", "loo", "even", "random", "2"])
@@ -247,7 +249,6 @@ def test_missed_budget_is_told(folder, data, tmp_path, capsys):
         (["--phase", "lora"], "--recipe"),
         (["--static", "best"], "--static 'best'"),
         (["--static", "3"], "layer 3"),
-        (["--static", "loo", "--rounds", "2"], "--rounds"),
         (["--static", "loo", "--objective", "paper"], "--objective search"),
         (["--max-length", "18"], "usable examples"),
         (["-m", "/no/such/dir"], "no such directory"),

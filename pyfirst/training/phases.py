@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import random
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -38,8 +39,7 @@ class Phase:
         dense: every layer runs.
         soft: the paper's token-level gates and loss.
         steer: the threshold follows the scores, which move with a LoRA even if the routers are frozen.
-        forced: every example gets the mask of its task.
-        share: of the layers to skip, how much is gone when the phase begins.
+        masks: "chosen", every example gets the mask of its task; "depths", one of several of its task.
         last: the learning rate falls to zero.
     """
 
@@ -50,24 +50,23 @@ class Phase:
     dense: bool = False
     soft: bool = False
     steer: bool = False
-    forced: bool = False
-    share: float = 1.0
+    masks: str = ""
     last: bool = True
 
 
-def plan(phase: str, objective: str, steps: int, rounds: int = 1) -> list[Phase]:
-    """The phases of ``--phase`` and ``--objective``, at least one step each."""
+def plan(phase: str, objective: str, steps: int, routed: bool = True) -> list[Phase]:
+    """The phases of ``--phase`` and ``--objective``, at least one step each; ``routed``: each task has its own mask."""
     if phase == "lora":
         return [Phase("lora", steps, lora=True)]
     if objective == "search":
         if phase == "routers":
             return []
-        warm, part = max(1, steps // 5), max(1, steps // 8)
+        warm = max(1, steps // 5)
+        between = max(1, 3 * steps // 10) if routed else 0
         phases = [Phase("warm-up", warm, lora=True, dense=True, last=False)]
-        for i in range(1, rounds):
-            phases.append(Phase(f"round-{i}", part, lora=True, forced=True, share=i / rounds, last=False))
-        rest = max(1, steps - warm - part * (rounds - 1))
-        return [*phases, Phase("lora", rest, lora=True, forced=True)]
+        if routed:
+            phases.append(Phase("depths", between, lora=True, masks="depths", last=False))
+        return [*phases, Phase("lora", max(1, steps - warm - between), lora=True, masks="chosen")]
     if objective == "paper":
         first = steps if phase == "routers" else max(1, steps // 2)
         routers = Phase("routers", first, routers=True, soft=True)
@@ -125,7 +124,7 @@ class PhaseTrainer(Trainer):
         if not self.phase.dense:
             keep = output["keep"][:, free]
             self.kept.append(float(keep.float().mean()))
-            if not self.phase.forced:
+            if not self.phase.masks:
                 self.scores.append(output["scores"][:, free].detach())
             self.masks.extend(map(tuple, output["keep"].tolist()))
             if self.phase.soft:
@@ -196,7 +195,7 @@ class Watch(TrainerCallback):
             if not phase.dense:
                 entry["threshold"] = round(float(first.threshold), 4)
                 line += f"  kept {share:.0%}"
-                line += "" if phase.forced else f"  threshold {entry['threshold']:.3f}"
+                line += "" if phase.masks else f"  threshold {entry['threshold']:.3f}"
                 line += f"  masks {len(set(trainer.masks))} of {len(trainer.masks)}"
             self.log.append(entry)
             report.say(f"{line}  {seconds:.0f} s")
@@ -216,7 +215,7 @@ def run_phase(
     """Train one phase in place; ``prepare`` runs before it, unless it resumes.
 
     Finished phases and checkpoints lie under ``work``. ``target`` is the share of unprotected layers to keep,
-    ``masks`` holds a mask bool [L] for each task if the phase is forced.
+    ``masks`` holds for each task bool [K, L], masks to force; an example always draws the same one.
     Returns a record: name, steps, log lines, per-layer share kept near the end and warnings.
     """
     done = work / f"{phase.name}.safetensors"
@@ -236,7 +235,8 @@ def run_phase(
         parameter.requires_grad_(phase.routers if name.startswith("routers.") else phase.lora and "lora_" in name)
 
     def collate_forced(chosen: Sequence[Example]) -> dict[str, torch.Tensor]:
-        return {**collate(chosen), "keep": torch.stack([masks[e.task] for e in chosen])}
+        drawn = [random.Random(f"{seed}/{e.text}").choice(masks[e.task]) for e in chosen]
+        return {**collate(chosen), "keep": torch.stack(drawn)}
 
     watch = Watch()
     trainer = PhaseTrainer(
@@ -267,7 +267,7 @@ def run_phase(
             seed=seed,
         ),
         train_dataset=list(examples),
-        data_collator=collate_forced if phase.forced else collate,
+        data_collator=collate_forced if phase.masks else collate,
         callbacks=[watch],
     )
     watch.trainer = trainer

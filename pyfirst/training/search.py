@@ -3,17 +3,20 @@
 The form of the routers is that of ``routers`` (after FiRST, https://arxiv.org/abs/2410.12513); only the way they
 get their weights differs. With CE_g(M) the mean cross-entropy of the examples of task g under mask M,
 
-    remove the (g, l) with the least CE_g(M_g - l) - CE_g(M_g), until the tasks skip the wanted share together
-    train the LoRA with M_g for every example of task g
+    l_g(1), l_g(2), ... = the layers of task g in the order in which leaving them out costs CE_g least
+    train the LoRA with every example under some depth d of its task: without l_g(1) ... l_g(d)
+    choose d_g for the least sum of CE_g(d_g), with the wanted share left out over all tasks together
+    train the LoRA with the chosen masks
     w_l, b_l = ridge regression of y_l(g) on the mean features of prompts of task g
 
-where y_l(g) is negative if M_g skips l, and the further from zero the earlier that layer was removed. Layers go
-where they are missed least, so an easy task skips more than a hard one.
+where y_l(g) is negative if task g leaves out l, and the further from zero the less that costs. Layers go where they
+are missed least once the LoRA has adapted, so an easy task skips more than a hard one.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -33,6 +36,7 @@ MARGIN = 0.5
 TRIAL_BATCH = 12
 
 Trial = Callable[[torch.Tensor], torch.Tensor]
+Say = Callable[[str], None]
 
 
 @torch.no_grad()
@@ -57,76 +61,103 @@ def _whole(model: FirstModel, examples: Sequence[Example]) -> Trial:
     return torch.no_grad()(lambda keep: per_example(model(**batch, keep=keep), len(examples)))
 
 
-def search(
-    trials: Sequence[Trial],
-    protected: torch.Tensor,
-    removals: int,
-    say: Callable[[str], None] = lambda text: None,
-    before: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Remove ``removals`` layers from the masks of G tasks, always the one that costs its task least.
+def removal_order(run: Trial, protected: torch.Tensor, count: int, say: Say = lambda text: None) -> list[int]:
+    """The first ``count`` layers to leave out, always the one that costs least with those before it gone.
 
     A removal's cost mostly grows as others go before it, so costs known from earlier are tried in their order
     and measured again only when they come first (lazy greedy, Minoux 1978).
 
     Args:
-        trials: one for each task.
+        run: the trial of one task.
         protected: bool [L], layers that stay.
-        removals: of layers, over all tasks together and with those that are gone before.
         say: told of every removal.
-        before: targets [G, L] of an earlier search; what it removed stays removed.
 
-    Returns the masks bool [G, L] and targets float32 [G, L] for the routers, rising with a layer's worth:
-    -SPREAD for the first removed to -MARGIN for the last, MARGIN to SPREAD for those that stay.
     Raises InputError if the model gives values that are not finite.
     """
-    masks = torch.ones(len(trials), len(protected), dtype=torch.bool)
-    removed: list[tuple[int, int]] = []
-    if before is not None:
-        masks = before > 0
-        removed = sorted(map(tuple, (~masks).nonzero().tolist()), key=lambda place: float(before[place]))
-    device = protected.device
-    loss = [float(run(mask.to(device)).mean()) for run, mask in zip(trials, masks, strict=True)]
-    tried = [0] * len(trials)
+    mask = torch.ones_like(protected)
+    order: list[int] = []
+    loss = _mean(run, mask)
 
-    def cost(group: int, layer: int) -> tuple[float, int, int, int]:
-        mask = masks[group].clone()
-        mask[layer] = False
-        delta = float(trials[group](mask.to(device)).mean()) - loss[group]
-        if delta != delta:
-            raise InputError("the model gives values that are not finite; train without --bf16 or check its weights")
-        return delta, group, layer, tried[group]
+    def cost(layer: int) -> tuple[float, int, int]:
+        without = mask.clone()
+        without[layer] = False
+        return _mean(run, without) - loss, layer, len(order)
 
-    free = (~protected).nonzero()[:, 0].tolist()
-    queue = [cost(group, layer) for group in range(len(trials)) for layer in free if masks[group, layer]]
+    queue = [cost(layer) for layer in (~protected).nonzero()[:, 0].tolist()]
     heapq.heapify(queue)
-    while len(removed) < removals and queue:
-        delta, group, layer, when = heapq.heappop(queue)
-        if when != tried[group]:
-            heapq.heappush(queue, cost(group, layer))
+    while len(order) < count and queue:
+        delta, layer, when = heapq.heappop(queue)
+        if when != len(order):
+            heapq.heappush(queue, cost(layer))
             continue
-        masks[group, layer] = False
-        loss[group] += delta
-        tried[group] += 1
-        removed.append((group, layer))
-        say(f"task {group} without layer {layer}: {delta:+.3f}, now {loss[group]:.3f}")
+        mask[layer] = False
+        loss += delta
+        order.append(layer)
+        say(f"  without layer {layer}: {delta:+.3f}, now {loss:.3f}")
+    return order
+
+
+def _mean(run: Trial, mask: torch.Tensor) -> float:
+    found = float(run(mask).mean())
+    if not math.isfinite(found):
+        raise InputError("the model gives values that are not finite; train without --bf16 or check its weights")
+    return found
+
+
+def nested(order: torch.Tensor, block_count: int) -> torch.Tensor:
+    """Masks bool [K + 1, L] without the first 0, 1, ..., K layers of ``order``, int64 [K]."""
+    masks = torch.ones(len(order) + 1, block_count, dtype=torch.bool)
+    for depth, layer in enumerate(order.tolist(), 1):
+        masks[depth:, layer] = False
+    return masks
+
+
+def allocate(curves: torch.Tensor, removals: int) -> list[int]:
+    """How many layers each task leaves out, ``removals`` together, for the least sum of cross-entropies.
+
+    Args:
+        curves: float32 [G, K + 1], cross-entropy of each task without 0, 1, ..., K layers.
+    """
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
+    for curve in curves.tolist():
+        longer: dict[int, tuple[float, list[int]]] = {}
+        for spent, (loss, depths) in best.items():
+            for depth, value in enumerate(curve):
+                total = spent + depth
+                if total <= removals and loss + value < longer.get(total, (math.inf, []))[0]:
+                    longer[total] = (loss + value, [*depths, depth])
+        best = longer
+    return best[max(best)][1]
+
+
+def targets_of(orders: torch.Tensor, curves: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """What routers are fitted to, float32 [G, L]: the higher, the more a layer is worth to the task.
+
+    -SPREAD for the cheapest removal to -MARGIN for the dearest of those in ``masks``, bool [G, L]; MARGIN to SPREAD
+    for the rest of ``orders``, int64 [G, K], by what ``curves``, [G, K + 1], says of it; SPREAD for all others.
+    """
     targets = torch.full(masks.shape, SPREAD)
-    kept = [(group, layer) for _, group, layer, _ in sorted(queue)]
-    for places, values in (
-        (removed, torch.linspace(-SPREAD, -MARGIN, len(removed))),
-        (kept, torch.linspace(MARGIN, SPREAD, len(kept))),
-    ):
-        for (group, layer), value in zip(places, values.tolist(), strict=True):
-            targets[group, layer] = value
-    return masks, targets
+    costs = curves.diff(dim=1).cummax(1).values  # a layer never goes before one that precedes it in the order
+    worth = torch.full(masks.shape, math.inf).scatter(1, orders, costs)
+    for chosen, low, high in ((~masks, -SPREAD, -MARGIN), (masks & worth.isfinite(), MARGIN, SPREAD)):
+        places = chosen.nonzero()
+        ranked = places[worth[chosen].argsort(stable=True)]
+        targets[ranked[:, 0], ranked[:, 1]] = torch.linspace(low, high, len(ranked))
+    return targets
+
+
+def removals_of(skip: float, block_count: int) -> int:
+    """Number of layers that make up at least the share ``skip`` of all."""
+    return math.ceil(skip * block_count - 1e-6)
 
 
 def static_mask(kind: str, protected: torch.Tensor, removals: int, pooled: Trial, seed: int) -> torch.Tensor:
     """One mask bool [L] for every prompt.
 
     Args:
-        kind: "loo", without the layers whose absence alone costs least; "even", without evenly spaced layers;
-            "random"; or the layers to leave out, comma-separated.
+        kind: "greedy", without the first layers of their ``removal_order``; "loo", without the layers whose absence
+            alone costs least; "even", without evenly spaced layers; "random"; or the layers to leave out,
+            comma-separated.
         protected: bool [L].
         removals: number of layers to leave out.
         pooled: the trial over examples of all tasks.
@@ -135,13 +166,15 @@ def static_mask(kind: str, protected: torch.Tensor, removals: int, pooled: Trial
     Raises InputError for an unknown kind or layer.
     """
     free = (~protected).nonzero()[:, 0].tolist()
-    mask = torch.ones(len(protected), dtype=torch.bool)
-    if kind == "loo":
+    mask = torch.ones_like(protected)
+    if kind == "greedy":
+        chosen = removal_order(pooled, protected, removals)
+    elif kind == "loo":
         costs = []
         for layer in free:
             without = mask.clone()
             without[layer] = False
-            costs.append(float(pooled(without.to(protected.device)).mean()))
+            costs.append(_mean(pooled, without))
         chosen = [layer for _, layer in sorted(zip(costs, free, strict=True))[:removals]]
     elif kind == "even":
         chosen = [free[int((i + 0.5) * len(free) / removals)] for i in range(removals)]
@@ -155,50 +188,42 @@ def static_mask(kind: str, protected: torch.Tensor, removals: int, pooled: Trial
     else:
         raise InputError(f"--static '{kind}': expected loo, greedy, even, random or layer numbers")
     mask[chosen] = False
-    return mask
+    return mask.cpu()
 
 
-def choose(
+def find_orders(
+    model: FirstModel, examples: Sequence[Example], tasks: Sequence[str], skip: float, batch_size: int, say: Say
+) -> torch.Tensor:
+    """The layers each task can do without, int64 [G, K], the cheapest first; K is twice what ``skip`` asks of one."""
+    count = min(2 * removals_of(skip, model.block_count), int((~model.protected).sum()))
+    orders = []
+    for task in tasks:
+        say(f"{task}: leaving out layers")
+        run = trial(model, [e for e in examples if e.task == task], batch_size)
+        orders.append(removal_order(run, model.protected, count, say))
+    return torch.tensor(orders, dtype=torch.long).reshape(len(tasks), count)
+
+
+def settle(
     model: FirstModel,
     examples: Sequence[Example],
     tasks: Sequence[str],
-    static: str | None,
+    orders: torch.Tensor,
     skip: float,
     batch_size: int,
-    seed: int,
-    say: Callable[[str], None],
-    before: torch.Tensor | None = None,
-) -> dict[str, torch.Tensor]:
-    """Masks bool [G, L] and targets float32 [G, L] for ``tasks``, as ``search`` gives them.
-
-    Args:
-        examples: what layers are tried on, some of every task.
-        static: None to search a mask for each task, "greedy" to search one for all, or a kind of ``static_mask``.
-        skip: share of all layers to leave out.
-        before: targets of an earlier search, on which this one builds.
-    """
-    removals = round(skip * model.block_count * len(tasks))
-    if not removals:
-        masks = torch.ones(len(tasks), model.block_count, dtype=torch.bool)
-        targets = torch.full(masks.shape, SPREAD)
-    elif static is None:
-        parts = [[e for e in examples if e.task == task] for task in tasks]
-        trials = [trial(model, part, batch_size) for part in parts]
-        masks, targets = search(trials, model.protected, removals, say, before)
-    elif static == "greedy":
-        pooled = [trial(model, examples, batch_size)]
-        one = None if before is None else before[:1]
-        masks, targets = search(pooled, model.protected, round(skip * model.block_count), say, one)
-        masks, targets = (x.expand(len(tasks), -1).clone() for x in (masks, targets))
-    else:
-        mask = static_mask(
-            static, model.protected, round(skip * model.block_count), trial(model, examples, batch_size), seed
-        )
-        masks = mask.expand(len(tasks), -1).clone()
-        targets = torch.where(masks, SPREAD, -SPREAD)
-    for task, row in zip(tasks, masks.tolist(), strict=True):
-        say(f"  {''.join('#' if keep else '.' for keep in row)}  {task}")
-    return {"masks": masks, "targets": targets}
+    say: Say,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks bool [G, L] and targets float32 [G, L] of the tasks, for what each depth costs the model as it is now."""
+    ladders = [nested(order, model.block_count) for order in orders]
+    rows = []
+    for task, masks in zip(tasks, ladders, strict=True):
+        run = trial(model, [e for e in examples if e.task == task], batch_size)
+        rows.append([_mean(run, mask.to(model.protected.device)) for mask in masks])
+        say(f"{task}: " + " ".join(f"{loss:.3f}" for loss in rows[-1]))
+    curves = torch.tensor(rows)
+    depths = allocate(curves, len(tasks) * removals_of(skip, model.block_count))
+    chosen = torch.stack([masks[depth] for masks, depth in zip(ladders, depths, strict=True)])
+    return chosen, targets_of(orders, curves, chosen)
 
 
 @torch.no_grad()
@@ -217,7 +242,7 @@ def fit_routers(
 
     Args:
         examples: N prompts; groups: int64 [N], the task of each.
-        masks, targets: [G, L] from ``search``.
+        masks, targets: [G, L] from ``settle``.
     """
     device = model.routers.weight.device
     features = torch.empty(len(examples), *model.routers.weight.shape, device=device)

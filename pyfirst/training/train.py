@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--recipe", metavar="DIR", help="with --phase lora: the recipe whose routers stay as they are")
     add("--objective", choices=("search", "gates", "paper"), default="search", help="see docs/training.md")
     static_help = "one mask for every prompt: greedy, loo, even, random or layer numbers (default: routing)"
-    add("--rounds", type=int, default=1, help="searches, with LoRA training between them (default: 1)")
     add("--static", metavar="KIND", help=static_help)
     length = result.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="optimizer steps of all phases together (default: one epoch)")
@@ -88,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse impossible options before anything is loaded. Raises InputError."""
-    for option in ("batch_size", "grad_accum", "lora_r", "window", "hold_back", "prior_examples", "rounds"):
+    for option in ("batch_size", "grad_accum", "lora_r", "window", "hold_back", "prior_examples"):
         if getattr(args, option) < 1:
             raise InputError(f"--{option.replace('_', '-')} is {getattr(args, option)}, expected at least 1")
     if args.steps is not None and args.steps < 1:
@@ -106,8 +105,6 @@ def check(args: argparse.Namespace) -> None:
         raise InputError("--phase lora needs --recipe DIR, the recipe with the routers to keep")
     if args.static and (args.objective != "search" or args.phase == "lora"):
         raise InputError("--static needs --objective search, and --phase both or routers")
-    if args.rounds > 1 and args.static not in (None, "greedy"):
-        raise InputError(f"--rounds {args.rounds} needs a search; --static {args.static} is none")
     out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not args.force:
         raise InputError(f"{out}: exists and is not empty; choose another --out or add --force")
@@ -160,11 +157,20 @@ def train(args: argparse.Namespace) -> Path:
     from safetensors.torch import load_file, save_file
 
     from pyfirst.training import report
-    from pyfirst.training.data import hold_back, load_examples, read_rows
+    from pyfirst.training.data import Example, hold_back, load_examples, read_rows
     from pyfirst.training.objectives import leave_one_out, start_from
     from pyfirst.training.phases import plan, run_phase
     from pyfirst.training.routers import FirstModel, Routers
-    from pyfirst.training.search import choose, fit_routers
+    from pyfirst.training.search import (
+        SPREAD,
+        find_orders,
+        fit_routers,
+        nested,
+        removals_of,
+        settle,
+        static_mask,
+        trial,
+    )
 
     if not args.verbose:
         transformers.logging.set_verbosity_error()
@@ -231,13 +237,13 @@ def train(args: argparse.Namespace) -> Path:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def prior() -> None:
-        sample = hold_back(training, args.prior_examples, args.seed + 1)[1]
-        report.say(f"leave-one-out over {len(sample)} examples, {unprotected} layers")
-        deltas, features = leave_one_out(model, sample, args.batch_size)
+        some = sample()
+        report.say(f"leave-one-out over {len(some)} examples, {unprotected} layers")
+        deltas, features = leave_one_out(model, some, args.batch_size)
         if not torch.isfinite(features).all() or deltas.isnan().any():
             raise InputError("the model gives values that are not finite; train without --bf16 or check its weights")
         start_from(model, deltas, features, target_keep)
-        report.leave_one_out_table(sample, deltas)
+        report.leave_one_out_table(some, deltas)
 
     out = Path(args.out)
     work = out.parent / f".{out.name}.work"
@@ -245,27 +251,50 @@ def train(args: argparse.Namespace) -> Path:
     if first_process and not args.resume:
         shutil.rmtree(work, ignore_errors=True)
     tasks = sorted({e.task for e in training})
-    found: dict[str, torch.Tensor] = {}
+    routed = len(tasks) > 1 and not args.static and args.target_skip > 0
 
-    def choose_masks(name: str, share: float) -> None:
-        stored = work / f"search-{name}.safetensors"
-        if args.resume and stored.is_file():
-            found.update(load_file(stored))
-            return
-        sample = hold_back(training, args.prior_examples, args.seed + 1)[1]
-        kind = f"--static {args.static}" if args.static else "a mask for each task"
-        report.say(f"{kind}, tried on {len(sample)} examples of {', '.join(tasks)}")
-        skip, before = args.target_skip * share, found.get("targets")
-        found.update(choose(model, sample, tasks, args.static, skip, args.batch_size, args.seed, report.say, before))
-        if first_process:
-            work.mkdir(parents=True, exist_ok=True)
-            save_file(found, stored)
+    def sample(size: int = args.prior_examples) -> list[Example]:
+        return hold_back(training, size, args.seed + 1)[1]
+
+    known: dict[str, dict[str, torch.Tensor]] = {}
+
+    def once(name: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """What ``make`` found, before the run was interrupted perhaps."""
+        stored = work / f"{name}.safetensors"
+        if name not in known and args.resume and stored.is_file():
+            known[name] = load_file(stored)
+        elif name not in known:
+            known[name] = make()
+            if first_process:
+                work.mkdir(parents=True, exist_ok=True)
+                save_file(known[name], stored)
+        return known[name]
+
+    def find() -> dict[str, torch.Tensor]:
+        return {"orders": find_orders(model, sample(), tasks, args.target_skip, args.batch_size, report.say)}
+
+    def choose() -> dict[str, torch.Tensor]:
+        if routed:
+            orders = once("orders", find)["orders"]
+            masks, targets = settle(model, sample(), tasks, orders, args.target_skip, args.batch_size, report.say)
+        else:
+            removals = removals_of(args.target_skip, count)
+            pooled = trial(model, sample(), args.batch_size)
+            mask = static_mask(args.static or "greedy", model.protected, removals, pooled, args.seed)
+            masks = mask.expand(len(tasks), -1).clone()
+            targets = torch.where(masks, SPREAD, -SPREAD)
+        for task, row in zip(tasks, masks.tolist(), strict=True):
+            report.say(f"  {''.join('#' if keep else '.' for keep in row)}  {task}")
+        return {"masks": masks, "targets": targets}
 
     history = []
-    for number, phase in enumerate(plan(args.phase, args.objective, steps, args.rounds)):
-        if phase.forced:
-            choose_masks(phase.name, phase.share)
-        masks = dict(zip(tasks, found["masks"], strict=True)) if phase.forced else {}
+    for number, phase in enumerate(plan(args.phase, args.objective, steps, routed)):
+        masks: dict[str, torch.Tensor] = {}
+        if phase.masks == "depths":
+            orders = once("orders", find)["orders"]
+            masks = {task: nested(order, count) for task, order in zip(tasks, orders, strict=True)}
+        elif phase.masks:
+            masks = dict(zip(tasks, once("masks", choose)["masks"][:, None], strict=True))
         prepare = prior if phase.steer and phase.routers else None
         history.append(run_phase(model, phase, training, args, target_keep, args.seed + number, prepare, work, masks))
 
@@ -274,11 +303,10 @@ def train(args: argparse.Namespace) -> Path:
             if "lora_" in name:
                 parameter.copy_(parameter.half().to(parameter.dtype))
     if args.objective == "search" and args.phase != "lora":
-        if not found:
-            choose_masks("routers", 1.0)
-        sample = hold_back(training, FIT_EXAMPLES, args.seed + 1)[1]
-        groups = torch.tensor([tasks.index(e.task) for e in sample])
-        fit_routers(model, sample, groups, found["masks"], found["targets"], args.batch_size)
+        found = once("masks", choose)
+        many = sample(FIT_EXAMPLES)
+        groups = torch.tensor([tasks.index(e.task) for e in many])
+        fit_routers(model, many, groups, found["masks"], found["targets"], args.batch_size)
     elif args.objective == "gates" and args.phase != "lora":
         model.threshold.fill_(report.threshold_for(model, held, args.batch_size, args.target_skip))
     config.threshold = float(model.threshold)
