@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 
 import gguf
 import numpy as np
@@ -23,6 +24,19 @@ QUICK = ("--prompt-length", "24", "-n", "4", "--repeats", "2")
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_folders_of_killed_runs_go_and_others_stay(tmp_path):
+    with bench_files.folder() as own:
+        dead = subprocess.Popen(["true"])
+        dead.wait()
+        left = own.with_name(f"bench.{dead.pid}.abc")
+        left.mkdir()
+        (left / "big.gguf").touch()
+        with bench_files.folder():
+            assert own.is_dir()
+            assert not left.exists()
+    assert not list(bench_files.cache_dir().iterdir())
 
 
 def test_rows_against_the_unpatched_library_and_no_rebuilds(tiny_model, tmp_path, capfd):

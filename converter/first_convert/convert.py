@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
-import glob
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,23 +114,6 @@ def _child(module: str, job: dict[str, Any], folder: Path) -> dict[str, Any]:
     if "error" in answer:
         raise (InputError if answer.get("expected", True) else RuntimeError)(answer["error"])
     return answer
-
-
-@contextlib.contextmanager
-def _workspace(outfile: Path) -> Iterator[Path]:
-    """A hidden folder beside ``outfile``, gone at the end whatever happens; those of dead runs go too."""
-    for old in outfile.parent.glob(f".{glob.escape(outfile.name)}.*.first"):
-        pid = old.name.split(".")[-3]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc").exists():
-            shutil.rmtree(old, ignore_errors=True)
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{outfile.name}.{os.getpid()}.", suffix=".first", dir=outfile.parent))
-    except OSError as error:
-        raise InputError(f"{outfile.parent}: cannot write there ({error.strerror}); choose another folder") from None
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _publish(temporary: Path, outfile: Path) -> None:
@@ -285,7 +265,7 @@ def convert(
             plan["lora"] = merge.summary(merge.plan(checkpoint, adapter))
         return plan
 
-    with _workspace(outfile) as folder:
+    with common.temporary_folder(outfile.parent, f".{outfile.name}", ".first") as folder:
         stage = folder / "model.gguf"
         _say(f"converting {count / 1e6:.1f}M weights to {middle}" + (", merging the LoRA" if adapter else ""))
         answer = _child(
@@ -385,7 +365,7 @@ def _from_gguf(
     if dry_run:
         plan = {"base_gguf": str(source), "recipe": recipe is not None, "output_at_most": needed}
         return {**plan, "disk_needed": needed, "disk_free": free}
-    with _workspace(outfile) as folder:
+    with common.temporary_folder(outfile.parent, f".{outfile.name}", ".first") as folder:
         result = folder / "model.gguf"
         answer = write(source, result)
         if answer.get("replaced_routers"):

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import struct
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from pyfirst.cli.common import temporary_folder
 from pyfirst.errors import InputError
 
 if TYPE_CHECKING:
@@ -213,8 +213,8 @@ def cache_dir() -> Path:
 def folder() -> Iterator[Path]:
     """A folder below cache_dir() that is removed at the end."""
     cache_dir().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="bench-") as path:
-        yield Path(path)
+    with temporary_folder(cache_dir(), "bench") as path:
+        yield path
 
 
 @contextlib.contextmanager

@@ -1,12 +1,17 @@
-"""What all our commands share: how they end when something is wrong."""
+"""What all our commands share: options, temporary folders, and how they end when something is wrong."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import glob
 import math
 import os
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from pyfirst.errors import InputError
 
@@ -33,6 +38,26 @@ def parse_share(text: str) -> float:
     if not 0 <= share <= 1:
         raise InputError(f"--skip is '{text}', expected a share of the layers such as 20% or 0.2")
     return share
+
+
+@contextlib.contextmanager
+def temporary_folder(parent: Path, prefix: str, suffix: str = "") -> Iterator[Path]:
+    """A folder in ``parent``, gone at the end whatever happens; those that killed processes left go too.
+
+    Raises InputError where nothing can be written.
+    """
+    for old in parent.glob(f"{glob.escape(prefix)}.*{suffix}"):
+        pid = old.name[len(prefix) + 1 :].split(".")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
+            shutil.rmtree(old, ignore_errors=True)
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f"{prefix}.{os.getpid()}.", suffix=suffix, dir=parent))
+    except OSError as error:
+        raise InputError(f"{parent}: cannot write there ({error.strerror}); choose another folder") from None
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def run(
