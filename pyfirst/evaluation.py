@@ -7,6 +7,7 @@ examples (the bootstrap) gives the 95% interval of corpus scores too.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from pyfirst.chat import ChatTemplate
 from pyfirst.cli.bench import machine
 from pyfirst.errors import InputError
 from pyfirst.info import info
@@ -165,7 +167,7 @@ def plan(models: Sequence[str], compare: Sequence[str] = (), seed: int = 0) -> l
         seed: draws the layers of "random:N".
 
     Raises:
-        ValueError: no such file, unknown mode, layer out of range, routed without routers, the same twice.
+        InputError: no such file, unknown mode, layer out of range, routed without routers, the same twice.
     """
     modes: list[str | None] = [item for item in compare if "=" not in item and not item.endswith(".gguf")]
     items = [_split(text) for text in models]
@@ -193,38 +195,17 @@ def plan(models: Sequence[str], compare: Sequence[str] = (), seed: int = 0) -> l
     return systems
 
 
-class _Asked(Exception):
-    """Carries the prompt that a chat handler would have run."""
-
-    def __init__(self, prompt: list[int]):
-        self.prompt = prompt
-
-
 class Scorer(FirstLlama):
     """FirstLlama that also gives prompts as tokens and the likelihood of a given continuation."""
 
-    _asking = False
-
-    def create_completion(self, prompt: str | list[int], *args: Any, **kwargs: Any) -> Any:
-        """As FirstLlama's."""
-        if self._asking:
-            assert isinstance(prompt, list)
-            raise _Asked(prompt)
-        return super().create_completion(prompt, *args, **kwargs)
+    @functools.cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self.model_path, self.metadata, self._model.vocab)
 
     def chat_tokens(self, *contents: str) -> list[int]:
         """The tokens that create_chat_completion feeds for turns of user and assistant. Raises InputError."""
         messages = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
-        self._asking = True
-        try:
-            self.create_chat_completion(messages)
-        except _Asked as asked:
-            return asked.prompt
-        except Exception as error:  # templates raise whatever they like
-            raise InputError(f"{self.model_path}: the chat template refuses the messages: {error}") from error
-        finally:
-            self._asking = False
-        raise AssertionError("a chat handler that completes nothing")
+        return self.tokenize(self._template.render(messages).encode("utf-8"), add_bos=False, special=True)
 
     @property
     def has_template(self) -> bool:
@@ -233,16 +214,15 @@ class Scorer(FirstLlama):
 
     def end_of_turn(self) -> int:
         """The token that ends an answer: what the template puts there, else EOT, else EOS."""
-        vocab = self._model.vocab
         if self.has_template:
             try:
                 answered = self.chat_tokens("x", "y")[len(self.chat_tokens("x")) :]
             except InputError:
                 answered = []
             for token in answered:
-                if llama_cpp.llama_vocab_is_eog(vocab, token):
+                if self.is_eog(token):
                     return token
-        eot = llama_cpp.llama_vocab_eot(vocab)
+        eot = llama_cpp.llama_vocab_eot(self._model.vocab)
         return eot if eot != -1 else self.token_eos()
 
     def prompt_tokens(self, prompt: str) -> list[int]:
@@ -255,15 +235,12 @@ class Scorer(FirstLlama):
         """An answer as training counts it: stripped, then the end-of-turn token."""
         return [*self.tokenize(text.strip().encode("utf-8"), add_bos=False, special=False), end]
 
-    def _last_logits(self) -> np.ndarray:
-        return np.ctypeslib.as_array(self._ctx.get_logits_ith(-1), shape=(self._n_vocab,))[None]
-
     def log_likelihood(self, answer: Sequence[int]) -> float:
         """Sum of log p(token) of a continuation, given what has just been read, under its mask.
 
         The continuation is fed at once. The object's own state stays where it was: what follows overwrites it.
         """
-        total = _log_p(self._last_logits(), answer[:1])
+        total = _log_p(self.logits_of(self.n_tokens - 1)[None], answer[:1])
         fed, wanted, step = answer[:-1], answer[1:], min(_CHUNK, self.n_batch)
         for start in range(0, len(fed), step):
             part = fed[start : start + step]
@@ -303,7 +280,7 @@ def answer(llm: Scorer, prompt: list[int], reference: list[int] | None, max_toke
     log_likelihood = llm.log_likelihood(reference) if reference else 0.0
     tokens: list[int] = []
     n_steps, seconds = 0, 0.0
-    while len(tokens) < max_tokens and not llama_cpp.llama_vocab_is_eog(llm._model.vocab, token):
+    while len(tokens) < max_tokens and not llm.is_eog(token):
         tokens.append(token)
         if len(tokens) == max_tokens:
             break
@@ -412,7 +389,7 @@ def evaluate(
         systems and the prompt runs all layers ("full"), they share its keys and values: a prompt is read once.
 
     Raises:
-        ValueError: wrong file, line, mode, option, or a package that is missing.
+        InputError: wrong file, line, mode, option, or a package that is missing.
     """
     _check(max_tokens, limit, threads, ctx, seed, metrics)
     metrics = list(dict.fromkeys(metrics))
