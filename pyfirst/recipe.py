@@ -25,6 +25,19 @@ ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a UTF-8 file. Raises InputError naming the file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data
+
+
 @dataclass
 class FirstConfig:
     """What ``first_config.json`` holds.
@@ -101,15 +114,7 @@ class FirstConfig:
     @classmethod
     def load(cls, path: str | Path) -> FirstConfig:
         """Read and validate ``first_config.json``. Raises InputError."""
-        path = Path(path)
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"{path}: not found; a recipe directory is what first-train writes") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise InputError(f"{path}: not valid JSON ({error})") from None
-        if not isinstance(data, dict):
-            raise InputError(f"{path}: expected a JSON object, found {type(data).__name__}")
+        data = read_json(Path(path))
         for key in ("version", "block_count", "embedding_length"):
             if key not in data:
                 raise InputError(f"{path}: required key '{key}' is missing")
@@ -147,6 +152,8 @@ def load_recipe(directory: str | Path) -> Recipe:
     directory = Path(directory)
     if not directory.is_dir():
         raise InputError(f"{directory}: no such directory; expected a recipe directory as first-train writes it")
+    if not (directory / CONFIG_NAME).is_file():
+        raise InputError(f"{directory / CONFIG_NAME}: not found; a recipe directory is what first-train writes")
     config = FirstConfig.load(directory / CONFIG_NAME)
     path = directory / ROUTERS_NAME
     if not path.is_file():

@@ -10,6 +10,7 @@ import tiny
 from tokenizers import Regex, normalizers, pre_tokenizers
 
 from first_convert import upstream
+from pyfirst import native
 
 
 def test_another_gguf_package_stays_what_it_is(monkeypatch):
@@ -17,7 +18,7 @@ def test_another_gguf_package_stays_what_it_is(monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", foreign)
     path = list(sys.path)
     ours = upstream.gguf()
-    assert ours is not foreign and str(upstream.upstream_dir()) in ours.__file__
+    assert ours is not foreign and str(native.upstream_dir()) in ours.__file__
     assert sys.modules["gguf"] is foreign and sys.path == path
 
 

@@ -8,10 +8,9 @@ import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pyfirst.errors import InputError
-from pyfirst.recipe import ADAPTER_CONFIG_NAME, CONFIG_NAME
+from pyfirst.recipe import ADAPTER_CONFIG_NAME, CONFIG_NAME, read_json
 
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 TOKENIZER = re.compile(r"tok|vocab|merges|spiece|sentencepiece|tekken", re.IGNORECASE)
@@ -40,19 +39,6 @@ class Tensor:
         with self.path.open("rb") as file:
             file.seek(self.start)
             return file.read(self.size)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a UTF-8 file. Raises InputError naming the file."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: not found") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(data).__name__}")
-    return data
 
 
 def safetensors_header(path: Path) -> dict[str, Tensor]:
@@ -90,12 +76,12 @@ class Checkpoint:
 
     Attributes:
         path: the folder.
-        config: config.json as it is.
+        config: config.json as it is; text_config: the same with the language part of a multimodal model on top.
         tensors: name -> Tensor of all safetensors shards; empty for a PyTorch .bin checkpoint.
     """
 
     def __init__(self, path: str | Path):
-        """Check that the folder is a whole, unquantised model. Raises InputError naming the file at fault."""
+        """Check that the folder is a whole model. Raises InputError naming the file at fault."""
         self.path = path = Path(path)
         if path.is_file():
             option = "--base-gguf" if path.suffix == ".gguf" else "its folder"

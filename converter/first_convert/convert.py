@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from first_convert import check, pack, provenance, quantize
-from first_convert.checkpoint import Checkpoint, local_folder, read_json
+from first_convert.checkpoint import Checkpoint, local_folder
 from pyfirst.cli import common
 from pyfirst.errors import InputError
-from pyfirst.recipe import ADAPTER_CONFIG_NAME, Recipe, load_recipe
+from pyfirst.recipe import ADAPTER_CONFIG_NAME, Recipe, load_recipe, read_json
 
 BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "mxfp4_moe": 8.5}
 
@@ -126,6 +126,14 @@ def _publish(temporary: Path, outfile: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _check_routes(path: Path, allow_dense: bool) -> None:
+    """Raise InputError, or say so with ``allow_dense``, where llama.cpp cannot skip layers of a file."""
+    if reason := check.routes(path):
+        if not allow_dense:
+            raise InputError(f"{reason}; --allow-dense writes a file that runs all layers")
+        _say(f"warning: {reason}; the file will run all layers")
 
 
 def _check_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
@@ -319,10 +327,8 @@ def convert(
             raise InputError(f"{checkpoint.path}: as '{name}', llama.cpp cuts {wrong[0]!r} into other tokens")
         if wrong:
             _say(f"warning: llama.cpp cuts {len(wrong)} of {len(probes)} strings into other tokens")
-        if recipe is not None and (reason := check.routes(result)):
-            if not allow_dense:
-                raise InputError(f"{reason}; --allow-dense writes a file that runs all layers")
-            _say(f"warning: {reason}; the file will run all layers")
+        if recipe is not None:
+            _check_routes(result, allow_dense)
         _publish(result, outfile)
     return {
         "outfile": str(outfile),
@@ -371,10 +377,8 @@ def _from_gguf(
         if answer.get("replaced_routers"):
             _say("the file had routers already; they are replaced")
         check.loads(result, ())
-        if recipe is not None and (reason := check.routes(result)):
-            if not allow_dense:
-                raise InputError(f"{reason}; --allow-dense writes a file that runs all layers")
-            _say(f"warning: {reason}; the file will run all layers")
+        if recipe is not None:
+            _check_routes(result, allow_dense)
         _publish(result, outfile)
     return {
         "outfile": str(outfile),

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from first_convert.checkpoint import EMBEDDING, HEAD, Checkpoint, read_json, safetensors_header
+from first_convert.checkpoint import EMBEDDING, HEAD, Checkpoint, safetensors_header
 from pyfirst.errors import InputError
-from pyfirst.recipe import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
+from pyfirst.recipe import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_json
 
 Read = Callable[[str], torch.Tensor]
 PREFIX = "base_model.model."

@@ -90,7 +90,6 @@ def load_imatrix(path: str | Path) -> dict[str, Any]:
 
 def _structures(matrix: dict[str, Any]) -> tuple[Any, list[Any]]:
     """The C array that llama_model_quantize takes, and what must outlive the call."""
-
     llama_cpp = native()
     array = (llama_cpp.llama_model_imatrix_data * (len(matrix) + 1))()
     keep: list[Any] = [array]
@@ -107,12 +106,11 @@ def quantize(
     kind: str,
     threads: int = 0,
     imatrix: str | Path | None = None,
-    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Quantise a GGUF in this process; ``threads`` 0 means all cores.
 
     Returns {"fallbacks": [{"tensor", "columns", "wanted", "got"}]}, the tensors whose rows do not fit the
-    blocks of the wanted type. ``dry_run`` writes nothing. Raises InputError with llama.cpp's own reason.
+    blocks of the wanted type. Raises InputError with llama.cpp's own reason.
     """
     llama_cpp = native()
     from llama_cpp._logger import llama_log_callback
@@ -132,7 +130,7 @@ def quantize(
 
     llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.nthread, params.dry_run = TYPES[kind], threads, dry_run
+    params.ftype, params.nthread = TYPES[kind], threads
     params.max_buf_size = 256 << 20
     keep: list[Any] = []
     if imatrix is not None:

@@ -11,7 +11,6 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -35,13 +34,13 @@ PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
     "qwen2": [_split(_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")), _RAW],
 }
 
-
 _ours: dict[str, ModuleType] = {}
 
 
 @contextlib.contextmanager
 def upstream() -> Iterator[None]:
-    """Inside, imports come from upstream's tree, whatever ``gguf`` the environment holds."""
+    """Inside, imports come from upstream's tree, whatever ``gguf`` the environment holds. Raises ImportError."""
+    from pyfirst.native import upstream_dir
 
     def owned() -> list[str]:
         return [n for n in sys.modules if n.partition(".")[0] in ("gguf", "conversion", "convert_hf_to_gguf")]
@@ -58,19 +57,11 @@ def upstream() -> Iterator[None]:
         sys.modules.update(foreign)
 
 
-def upstream_dir() -> Path:
-    """Folder with convert_hf_to_gguf.py, conversion/ and gguf-py/. Raises ImportError without them."""
-    from pyfirst.native import upstream_dir as folder
-
-    return folder()
-
-
 def native() -> Any:
     """The llama_cpp module on top of pyfirst's library. Raises ImportError when pyfirst is not built."""
-    import pyfirst.native  # first, because it points llama_cpp at our library
+    import pyfirst.native  # noqa: F401  first, because it points llama_cpp at our library
 
-    assert pyfirst.native
-    import llama_cpp
+    import llama_cpp  # isort: skip
 
     return llama_cpp
 
