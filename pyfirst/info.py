@@ -7,7 +7,7 @@ import ctypes
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,6 @@ def _functions() -> Any:
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "gguf_init_from_file": (ptr, [ctypes.c_char_p, _InitParams]),
         "gguf_free": (None, [ptr]),
-        "gguf_get_n_kv": (i64, [ptr]),
-        "gguf_get_key": (ctypes.c_char_p, [ptr, i64]),
         "gguf_get_data_offset": (ctypes.c_size_t, [ptr]),
         "gguf_get_tensor_offset": (ctypes.c_size_t, [ptr, i64]),
         "gguf_find_key": (i64, [ptr, ctypes.c_char_p]),
@@ -93,13 +91,6 @@ class Header:
         if count == 0 or kind not in _SCALARS:
             return []
         return list((_SCALARS[kind] * count).from_address(lib.gguf_get_arr_data(handle, index)))
-
-    def keys(self) -> list[str]:
-        """The names of all keys, in the file's order."""
-        return [
-            self._lib.gguf_get_key(self._handle, i).decode("utf-8", "replace")
-            for i in range(self._lib.gguf_get_n_kv(self._handle))
-        ]
 
     def kind(self, name: str) -> str | None:
         """Type of a key's value as "u32", "f32", "bool", "str", "f32[]", ...; None where it is absent."""
@@ -331,10 +322,6 @@ def problems(header: Header) -> list[str]:
     return found
 
 
-def _layers(layers: Sequence[int]) -> str:
-    return ", ".join(map(str, layers)) or "none"
-
-
 def rows(found: dict[str, Any]) -> list[tuple[str, Any]]:
     """info() as (label, value) pairs to print; None means that the file does not say."""
     result = [
@@ -360,7 +347,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, Any]]:
             ("threshold", f"{first['threshold']:.6g}"),
             ("prefill", first["prefill"]),
             ("window", f"{first['window']} tokens" + ("" if first["prefill"] == "skip" else " (skip only)")),
-            ("never skipped", _layers(first["protected"])),
+            ("never skipped", ", ".join(map(str, first["protected"])) or "none"),
             ("calibration", ", ".join(table) or "none"),
         ]
     if lora:

@@ -161,7 +161,6 @@ def summary(seen: dict[str, Any]) -> list[str]:
 
 def show(seen: dict[str, Any]) -> None:
     """Print heatmap and summary: in colours on a terminal where rich is installed, else as plain text."""
-    note = f"threshold {seen['threshold']:.6g}, prefill {seen['prefill']}; # kept, . skipped, % of a task that keeps"
     if sys.stdout.isatty() and importlib.util.find_spec("rich"):
         from rich.console import Console
         from rich.text import Text
@@ -169,10 +168,8 @@ def show(seen: dict[str, Any]) -> None:
         console = Console(highlight=False)
         for line in heatmap(seen, console.width):
             console.print(Text.assemble(*line), no_wrap=True, crop=True)
-        print("\n".join(["", note, "", *summary(seen)]))
-        return
-    lines = [
-        "".join(text for text, _ in line).rstrip()
-        for line in heatmap(seen, shutil.get_terminal_size((100, 24)).columns)
-    ]
-    print("\n".join([*lines, "", note, "", *summary(seen)]))
+    else:
+        for line in heatmap(seen, shutil.get_terminal_size((100, 24)).columns):
+            print("".join(text for text, _ in line).rstrip())
+    note = f"threshold {seen['threshold']:.6g}, prefill {seen['prefill']}; # kept, . skipped, % of a task that keeps"
+    print("\n".join(["", note, "", *summary(seen)]))

@@ -145,6 +145,7 @@ def final_answers(texts: list[str], references: list[list[str]]) -> Statistic:
 
 
 def bertscorer(model: str | None) -> Callable[[list[str], list[list[str]]], Statistic]:
+    """A function to the mean F1 of BERTScore, the best over the references, 0 to 100; ``model`` None: for English."""
     package = need("bert_score", "bertscore", "pip install bert-score")
     scorer = package.BERTScorer(model_type=model) if model else package.BERTScorer(lang="en")
 

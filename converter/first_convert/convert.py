@@ -21,7 +21,9 @@ from pyfirst.cli import common
 from pyfirst.errors import InputError
 from pyfirst.recipe import ADAPTER_CONFIG_NAME, Recipe, load_recipe, read_json
 
+# Bits per weight of the types that are wider than q6_k, whose 6.6 stands for all the others.
 BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "mxfp4_moe": 8.5}
+_KEYS = 16 << 20  # bytes, more than vocabulary and routers take
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,9 +73,6 @@ def _size(count: float) -> str:
 def _utf8(path: str | Path | None) -> str | None:
     """A path for a child process, which runs in UTF-8 mode whatever the locale here is."""
     return None if path is None else os.fsencode(os.path.abspath(path)).decode("utf-8", "surrogateescape")
-
-
-_KEYS = 16 << 20  # more than vocabulary and routers take
 
 
 def _child(module: str, job: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -69,8 +69,8 @@ def run(
 
     Returns 0, 2 for wrong input, 130 after Ctrl-C, 1 for anything we did not foresee.
     """
-    args = build_parser().parse_args(argv)
-    prog = build_parser().prog
+    command_line = build_parser()
+    args, prog = command_line.parse_args(argv), command_line.prog
     try:
         command(args)
         sys.stdout.flush()

@@ -196,7 +196,6 @@ def text(result: dict[str, Any]) -> str:
 def markdown(result: dict[str, Any]) -> str:
     """The result as one Markdown table."""
     names = _columns(result)
-    first = result["systems"][0]["name"]
     header = ["task", "system", "layers", "masks", *(COLUMNS[name][0] for name in names)]
     lines = ["| " + " | ".join(header) + " |", "|---|---|" + "---:|" * (len(header) - 2)]
     for heading, rows in _sections(result):
@@ -214,15 +213,15 @@ def markdown(result: dict[str, Any]) -> str:
     masks = _masks(result)
     if masks:
         lines += ["", *(line.replace("  ", "- ", 1) if line.startswith("  ") else f"\n{line}\n" for line in masks)]
-    lines += ["", _note(result, first).replace("*", "\\*")]
+    lines += ["", _note(result).replace("*", "\\*")]
     return "\n".join(lines)
 
 
-def _note(result: dict[str, Any], first: str | None = None) -> str:
+def _note(result: dict[str, Any]) -> str:
     settings = result["settings"]
     said = f"95% intervals from {settings['resamples']} resamples of the examples, seed {settings['seed']}"
     if len(result["systems"]) > 1:
-        said += f"; signed: difference to {first or result['systems'][0]['name']}, paired; *: without 0 in its interval"
+        said += f"; signed: difference to {result['systems'][0]['name']}, paired; *: without 0 in its interval"
     return f"{said}. {result['machine']['cpu']}, {result['machine']['threads']} threads."
 
 
