@@ -1,4 +1,4 @@
-"""A folder's worth of prompts at once, each with its own layers.
+"""Many prompts at once, each with its own layers.
 
 python examples/batch.py MODEL.gguf < prompts.txt          (one prompt a line)
 """
