@@ -657,7 +657,7 @@ def test_nan_in_the_source_is_named(tiny_model, tmp_path, capsys):
 
 
 def test_merge_comes_before_quantising(tiny_model, tmp_path):
-    """Deltas too small for the steps of q4_0 reach the float32 file exactly (A10)."""
+    """Deltas too small for the steps of q4_0 reach the float32 file exactly."""
     model, _ = tiny_model("llama")
     adapter = tiny.adapter(model, tmp_path / "a", spread=1e-2, target_modules=["q_proj"])
     result = convert.convert(model, lora=adapter, outfile=tmp_path / "f32.gguf", outtype="f32")
