@@ -501,7 +501,7 @@ def test_tokenizer_json_alone_is_enough(tiny_model, tmp_path):
     assert check.loads(tmp_path / "out.gguf", [(text, tiny.tokenizer().encode(text)) for text in texts]) == []
 
 
-# Shards (A07).
+# Shards.
 
 
 @pytest.fixture
@@ -546,7 +546,7 @@ def test_incomplete_shards_are_named(sharded, tmp_path, capsys):
     assert index.name in refused(capsys, out, sharded)
 
 
-# Tied heads (A01).
+# Tied heads.
 
 
 def test_tied_head_is_stored_once_also_when_the_checkpoint_repeats_it(tiny_model, tmp_path, capsys):
@@ -562,7 +562,7 @@ def test_tied_head_is_stored_once_also_when_the_checkpoint_repeats_it(tiny_model
     assert "tie_word_embeddings" in text and "lm_head.weight" in text
 
 
-# Vocabularies (A08).
+# Vocabularies.
 
 
 def test_added_tokens_have_the_ids_of_transformers(tiny_model, tmp_path):
@@ -602,7 +602,7 @@ def test_changed_pre_tokenizer_is_refused_or_named_by_the_user(tiny_model, tmp_p
     assert "other tokens" in refused(capsys, out, model, "--pre-tokenizer", "deepseek-llm")
 
 
-# Values that do not fit (A09).
+# Values that do not fit.
 
 
 def test_overflow_of_f16_is_refused_and_wider_types_keep_the_value(tiny_model, tmp_path, capsys):
