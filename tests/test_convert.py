@@ -35,7 +35,7 @@ def same_process(request, monkeypatch):
     if "processes" not in request.fixturenames:
         jobs = {
             "first_convert.child": child.run_job,
-            "first_convert.quantize": lambda job: quantize.quantize(**job),
+            "first_convert.quantize": quantize.run_job,
         }
         monkeypatch.setattr(convert, "_child", lambda module, job, folder: jobs[module](job))
 
@@ -644,6 +644,14 @@ def test_large_router_bias_is_stored_as_it_is(tiny_model, tmp_path):
     convert.convert(base_gguf=base, first=recipe, outfile=tmp_path / "out.gguf")
     found = np.float32(contents(tmp_path / "out.gguf")[0][key.ROUTER_BIAS])
     assert np.array_equal(found, np.array([1e5, -1e5, 1e30, 0], np.float32))
+
+
+def test_verbose_shows_where_the_quantiser_failed(tmp_path, capfd, processes):
+    model = tiny.make("llama", tmp_path / "hf", hidden_size=256, intermediate_size=512, num_hidden_layers=2)
+    args = [str(model), "--outfile", str(tmp_path / "out.gguf"), "--outtype", "iq1_s", "--verbose"]
+    with pytest.raises(InputError, match="needs --imatrix"):
+        main(args)
+    assert "quantize.py" in capfd.readouterr().err
 
 
 def test_nan_in_the_source_is_named(tiny_model, tmp_path, capsys):

@@ -17,7 +17,7 @@ from pyfirst.errors import InputError
 def same_process(monkeypatch):
     jobs = {
         "first_convert.child": child.run_job,
-        "first_convert.quantize": lambda job: quantize.quantize(**job),
+        "first_convert.quantize": quantize.run_job,
     }
     monkeypatch.setattr(convert, "_child", lambda module, job, folder: jobs[module](job))
 

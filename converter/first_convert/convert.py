@@ -308,7 +308,7 @@ def convert(
         if not direct:
             _say(f"quantising to {kind}")
             result = folder / "quantised.gguf"
-            job = {"source": _utf8(stage), "out": _utf8(result), "kind": kind, "threads": threads}
+            job = {"source": _utf8(stage), "out": _utf8(result), "kind": kind, "threads": threads, "verbose": verbose}
             job["imatrix"] = _utf8(imatrix)
             fallbacks = _child("first_convert.quantize", job, folder)["fallbacks"]
             pack.open_gguf(result)  # native code does not see a disk that fills up

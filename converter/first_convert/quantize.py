@@ -159,5 +159,5 @@ def quantize(
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
-    """A job of worker.py: the arguments of ``quantize``, and "result", which is the worker's."""
-    return quantize(**{name: value for name, value in job.items() if name != "result"})
+    """A job of worker.py: the arguments of ``quantize``; "result" and "verbose" are for the worker."""
+    return quantize(**{name: value for name, value in job.items() if name not in ("result", "verbose")})
