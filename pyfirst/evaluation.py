@@ -260,7 +260,13 @@ def _log_p(logits: np.ndarray, tokens: Sequence[int]) -> float:
 
 @dataclass
 class Answer:
-    """What one system made of one example. Cross-entropy fields are 0 where it was not asked for."""
+    """What one system made of one example. Cross-entropy fields are 0 where it was not asked for.
+
+    Attributes:
+        mask: bool [n_layer], True = the layer is kept.
+        log_likelihood: of the reference's n_reference tokens, a sum in nats.
+        n_steps: decode steps that took ``seconds``; the first token, which the prompt's step gives, is not among them.
+    """
 
     text: str
     mask: np.ndarray

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pyfirst.errors import InputError
+from pyfirst.metadata import PREFILL_MODES
 
 
 def parser(prog: str, description: str, example: str) -> argparse.ArgumentParser:
@@ -26,6 +27,22 @@ def parser(prog: str, description: str, example: str) -> argparse.ArgumentParser
     )
     result.add_argument("--verbose", action="store_true", help="show native logs, and the traceback of an error")
     return result
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """-c, -t, --threshold and --prefill, which mean the same in every command that opens a model."""
+    add = parser.add_argument
+    add(
+        "-c",
+        "--ctx-size",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="tokens of prompt and answer; never more than the model was trained for (default: 2048)",
+    )
+    add("-t", "--threads", type=int, metavar="N", help="threads (default: the CPUs this process may use)")
+    add("--threshold", type=float, metavar="T", help="keep layers scored T or more (default: the file's)")
+    add("--prefill", choices=PREFILL_MODES, help="skip: the prompt skips too (default: the file's, or full)")
 
 
 def parse_share(text: str) -> float:

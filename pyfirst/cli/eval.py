@@ -12,7 +12,6 @@ from typing import Any, TextIO
 
 from pyfirst.cli import common
 from pyfirst.errors import InputError
-from pyfirst.metadata import PREFILL_MODES
 from pyfirst.scores import DEFAULT_METRICS, METRICS, need
 
 # name: (column, digits)
@@ -83,18 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--bertscore-model", metavar="NAME", help="model for bertscore (default: bert-score's for English)")
     add("--exact", action="store_true", help="also exact matches, and right numbers behind ####")
-    add("--threshold", type=float, metavar="T", help="routed: keep layers scored T or more (default: the file's)")
+    common.add_model_options(parser)
     add("--skip", metavar="SHARE", help="routed: skip this share of the layers on average, such as 20%% or 0.2")
-    add("--prefill", choices=PREFILL_MODES, help="skip: the prompt skips too (default: the file's, or full)")
-    add(
-        "-c",
-        "--ctx-size",
-        type=int,
-        default=2048,
-        metavar="N",
-        help="tokens of prompt and answer; never more than the model was trained for (default: 2048)",
-    )
-    add("-t", "--threads", type=int, metavar="N", help="threads (default: the CPUs this process may use)")
     add("--seed", type=int, default=0, metavar="N", help="draws the layers of random:N and the resamples (default: 0)")
     add("--format", choices=("text", "markdown", "json"), default="text", help="of the result (default: text)")
     add("--out", metavar="FILE", help="write the result there instead of to stdout")

@@ -45,10 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         help='JSONL files of {"prompt", "task"}; without "task" the file\'s name is the task',
     )
     add("--limit", type=int, metavar="N", help="prompts of each file at most")
-    add("--threshold", type=float, metavar="T", help="keep a layer whose mean score reaches T (default: the file's)")
-    add("--prefill", choices=key.PREFILL_MODES, help="how the prompt is read (default: as the file says)")
-    add("-c", "--ctx", type=int, default=2048, metavar="N", help="most tokens of a prompt (default: 2048)")
-    add("-t", "--threads", type=int, metavar="N", help="threads (default: the CPUs this process may use)")
+    common.add_model_options(parser)
     add("--plot", metavar="FILE", help="draw the scores of the prompts, as PNG, SVG or PDF (needs matplotlib)")
     add("--json", action="store_true", help="print one JSON object")
     return parser
@@ -180,7 +177,7 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
             masks.prompts(args.prompt, args.data, args.limit),
             threshold=args.threshold,
             prefill=args.prefill,
-            ctx=args.ctx,
+            ctx=args.ctx_size,
             threads=args.threads,
         )
         found["masks"] = seen
