@@ -15,6 +15,7 @@ import pytest
 import tiny
 
 from first_convert import child, convert, pack, provenance
+from first_convert.checkpoint import Checkpoint
 from first_convert.ggufio import Entry
 from pyfirst import metadata as key
 from pyfirst.cli.inspect import build_parser, inspect, main
@@ -49,6 +50,15 @@ def made(tiny_model, tmp_path):
 
 def digest(path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["tekken.json", "spiece.model", "rwkv_vocab_v20230424.txt", "chat_template.jinja"])
+def test_every_kind_of_tokenizer_is_on_record(name, tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model("llama")[0], tmp_path / "hf")
+    for path in (folder / name, folder / "notes.txt"):
+        path.write_text("x")
+    read = [path.name for path in provenance.checkpoint_files(Checkpoint(folder))]
+    assert name in read and "notes.txt" not in read
 
 
 def test_help_shows_an_example(capsys):

@@ -13,7 +13,7 @@ from pyfirst.errors import InputError
 from pyfirst.recipe import ADAPTER_CONFIG_NAME, CONFIG_NAME, read_json
 
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-TOKENIZER = re.compile(r"tok|vocab|merges|spiece|sentencepiece|tekken", re.IGNORECASE)
+_TOKENIZER = re.compile(r"tok|vocab|merges|spiece|sentencepiece|tekken", re.IGNORECASE)
 # Heads and embeddings by the names that transformers' models use.
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
@@ -39,6 +39,11 @@ class Tensor:
         with self.path.open("rb") as file:
             file.seek(self.start)
             return file.read(self.size)
+
+
+def is_tokenizer(name: str) -> bool:
+    """Whether a file of a model folder belongs to its tokenizer, the chat template included."""
+    return name.startswith("chat_template") or _TOKENIZER.search(name) is not None
 
 
 def safetensors_header(path: Path) -> dict[str, Tensor]:
@@ -169,7 +174,7 @@ class Checkpoint:
 
     def check_complete(self) -> None:
         """Raise InputError where the tokenizer, or the output matrix of a model that is not tied, is missing."""
-        if not any(TOKENIZER.search(path.name) for path in self.path.iterdir()):
+        if not any(_TOKENIZER.search(path.name) for path in self.path.iterdir()):
             raise InputError(f"{self.path}: no tokenizer (tokenizer.json, tokenizer.model, ...); download it again")
         # llama.cpp would take the embeddings for the output matrix, and say nothing.
         embedding = self.embedding

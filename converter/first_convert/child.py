@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from first_convert import merge, pack, provenance
-from first_convert.checkpoint import Checkpoint
+from first_convert.checkpoint import Checkpoint, is_tokenizer
 from first_convert.upstream import by_rules, convert_hf_to_gguf
 from pyfirst.errors import InputError
 from pyfirst.recipe import load_recipe
@@ -54,7 +54,7 @@ def _tokenizer_of(lora: Path, checkpoint: Checkpoint, vocabulary: int, outfile: 
 
     Raises InputError when embeddings grew and no tokenizer lies beside the adapter.
     """
-    files = [path for path in lora.iterdir() if provenance.is_tokenizer(path.name)]
+    files = [path for path in lora.iterdir() if is_tokenizer(path.name)]
     if not any(path.name.startswith(("tokenizer.", "vocab.")) for path in files):
         if vocabulary > checkpoint.number("vocab_size"):
             raise InputError(

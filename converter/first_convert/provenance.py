@@ -5,11 +5,10 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from first_convert.checkpoint import Checkpoint
+from first_convert.checkpoint import Checkpoint, is_tokenizer
 from first_convert.ggufio import Entry
 from pyfirst import __version__
 from pyfirst import metadata as key
@@ -17,15 +16,7 @@ from pyfirst.errors import InputError
 from pyfirst.recipe import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CONFIG_NAME, ROUTERS_NAME
 
 Source = tuple[str, str]  # name of an input such as "recipe/first_config.json", its sha256
-# What upstream's converter reads of a model folder beside the weights.
-_TOKENIZER = re.compile(r"(tokenizer|vocab|added_tokens|special_tokens_map|chat_template).*|merges\.txt")
-_READ = re.compile(rf"config\.json|generation_config\.json|{_TOKENIZER.pattern}")
 EPOCH = "SOURCE_DATE_EPOCH"
-
-
-def is_tokenizer(name: str) -> bool:
-    """Whether a file of a model folder belongs to its tokenizer."""
-    return _TOKENIZER.fullmatch(name) is not None
 
 
 def sha256(path: Path) -> str:
@@ -50,8 +41,9 @@ def sources(label: str, paths: Sequence[Path]) -> list[Source]:
 def checkpoint_files(checkpoint: Checkpoint) -> list[Path]:
     """The files of a model folder that decide what the GGUF holds: weights, configuration, tokenizer."""
     weights = {t.path for t in checkpoint.tensors.values()} or set(checkpoint.path.glob("pytorch_model*.bin"))
-    others = {path for path in checkpoint.path.iterdir() if path.is_file() and _READ.fullmatch(path.name)}
-    return sorted(weights | others)
+    names = ("config.json", "generation_config.json")
+    others = {path for path in checkpoint.path.iterdir() if path.name in names or is_tokenizer(path.name)}
+    return sorted(weights | {path for path in others if path.is_file()})
 
 
 def recipe_files(directory: str | Path) -> list[Path]:
