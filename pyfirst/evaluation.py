@@ -8,7 +8,6 @@ examples (the bootstrap) gives the 95% interval of corpus scores too.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import random
 import time
@@ -42,60 +41,12 @@ from pyfirst.scores import (
     need,
     rouge,
 )
+from pyfirst.tasks import Example, read_examples
 
 import llama_cpp  # isort: skip  (after pyfirst, which points it at our library)
 
 MODES = "dense, routed, static:LAYERS, even:N, random:N"
 _CHUNK = 128  # reference tokens whose logits are held at once
-
-
-@dataclass(frozen=True)
-class Example:
-    """A prompt with its references; ``where`` is the line it came from."""
-
-    task: str
-    prompt: str
-    references: list[str]
-    where: str
-
-
-def read_examples(
-    path: str | os.PathLike[str], limit: int | None = None, *, need_references: bool = True
-) -> list[Example]:
-    """The first ``limit`` lines of a JSONL file: "prompt" with "references" or "response", and maybe "task".
-
-    Without ``need_references`` a prompt alone will do. Raises InputError naming file and line.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
-    examples: list[Example] = []
-    for number, raw in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not raw.strip():
-            continue
-        if limit is not None and len(examples) == limit:
-            break
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(raw.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise InputError(f"{where}: not UTF-8 text (byte {error.start})") from None
-        except ValueError as error:
-            raise InputError(f"{where}: not valid JSON ({error})") from None
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-            raise InputError(f"{where}: expected an object with a text 'prompt'")
-        references = row.get("references", [row["response"]] if "response" in row else None)
-        if references is None and not need_references:
-            references = []
-        elif not isinstance(references, list) or not references:
-            raise InputError(f"{where}: expected 'references', a list of texts, or a text 'response'")
-        if not all(isinstance(text, str) and text.strip() for text in references):
-            raise InputError(f"{where}: a reference is not a text, or empty")
-        task = str(row.get("task", path.name.split(".")[0]))
-        examples.append(Example(task, row["prompt"], references, where))
-    if not examples:
-        raise InputError(f"{path}: no examples in it")
-    return examples
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from pyfirst.errors import InputError
-from pyfirst.evaluation import Scorer, read_examples
+from pyfirst.evaluation import Scorer
 from pyfirst.info import info
 from pyfirst.scores import compare_tasks, draw
+from pyfirst.tasks import read_examples
 
 _BAR = 30
 

@@ -17,7 +17,8 @@ from first_convert import convert
 from pyfirst import FirstLlama, scores
 from pyfirst.cli.eval import build_parser, main
 from pyfirst.errors import InputError
-from pyfirst.evaluation import Scorer, evaluate, evenly, mode_mask, plan, read_examples
+from pyfirst.evaluation import Scorer, evaluate, evenly, mode_mask, plan
+from pyfirst.tasks import read_examples
 
 F32 = {"type_k": 0, "type_v": 0}
 ROWS = [
