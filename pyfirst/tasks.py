@@ -51,7 +51,7 @@ def read_examples(
         elif not isinstance(references, list) or not references:
             raise InputError(f"{where}: expected 'references', a list of texts, or a text 'response'")
         if not all(isinstance(text, str) and text.strip() for text in references):
-            raise InputError(f"{where}: a reference is not a text, or empty")
+            raise InputError(f"{where}: the response or a reference is not a text, or empty")
         task = str(row.get("task", path.name.split(".")[0]))
         examples.append(Example(task, row["prompt"], references, where))
     if not examples:
