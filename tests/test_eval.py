@@ -366,7 +366,7 @@ def test_lines_of_a_data_file(tmp_path):
         (["--data", "{broken}"], "broken:2: not valid JSON"),
         (["--data", "{bare}"], "bare:1: expected 'references'"),
         (["--data", "{list}"], "list:1: expected an object"),
-        (["--data", "{no text}"], "no text:1: a reference"),
+        (["--data", "{no text}"], "no text:1: the response"),
         (["--data", "{binary}"], "binary:1: not UTF-8"),
         (["--data", "{long}"], "long:1: prompt ("),
         (["-m", "{missing}"], "no such file"),
