@@ -16,6 +16,7 @@ import numpy as np
 from pyfirst import metadata as key
 from pyfirst import native
 from pyfirst.errors import InputError
+from pyfirst.recipe import FirstConfig
 
 _STRING, _ARRAY = 8, 9
 _MOST_BASE_MODELS = 100
@@ -211,10 +212,10 @@ def describe_header(header: Header, path: str | os.PathLike[str]) -> dict[str, A
             "version": header.get(key.VERSION),
             "block_count": header.get(key.BLOCK_COUNT),
             "embedding_length": header.get(key.EMBEDDING_LENGTH),
-            "norm": header.get(key.ROUTER_NORM, "none"),
-            "threshold": header.get(key.ROUTER_THRESHOLD, 0.5),
-            "prefill": header.get(key.PREFILL, "full"),
-            "window": header.get(key.WINDOW, 512),
+            "norm": header.get(key.ROUTER_NORM, FirstConfig.router_norm),
+            "threshold": header.get(key.ROUTER_THRESHOLD, FirstConfig.threshold),
+            "prefill": header.get(key.PREFILL, FirstConfig.prefill),
+            "window": header.get(key.WINDOW, FirstConfig.window),
             "protected": header.get(key.PROTECTED, []),
             "calibration": {
                 "threshold": header.get(key.CALIBRATION_THRESHOLD, []),

@@ -40,7 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclass
 class FirstConfig:
-    """What ``first_config.json`` holds.
+    """What ``first_config.json`` holds; the defaults are those of absent GGUF keys too.
 
     Attributes:
         block_count: number of layers L of the base model.
