@@ -20,7 +20,6 @@ import json
 import multiprocessing
 import os
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from pathlib import Path
 import numpy as np
 
 import pyfirst.native  # before anything imports llama_cpp
+from pyfirst.tasks import read_examples
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "examples" / "smollm2-135m"
@@ -324,13 +324,12 @@ def main() -> None:
         parser.error(f"{args.what} needs a model folder")
     if args.what == "older" and args.older is None:
         parser.error("older needs --older FOLDER")
-    folder = Path(tempfile.mkdtemp(prefix="measure-convert-", dir=args.folder))
-    try:
+    with tempfile.TemporaryDirectory(prefix="measure-convert-", dir=args.folder) as name:
+        folder = Path(name)
         if args.what == "masks":
             texts = prompts()
             if args.prompts:
-                lines = args.prompts.read_text(encoding="utf-8").splitlines()
-                texts = [json.loads(line)["prompt"] for line in lines][:50]
+                texts = [e.prompt for e in read_examples(args.prompts, 50, need_references=False)]
             masks(args.model, args.first, texts, folder)
         elif args.what == "speed":
             speed(args.model, args.first, folder, args.rounds)
@@ -343,8 +342,6 @@ def main() -> None:
             shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
             shape |= {"num_key_value_heads": 4, "head_dim": width // 4}
             memory(SHAPES[args.shape] if args.shape else shape, args.limit, folder)
-    finally:
-        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
