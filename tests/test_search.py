@@ -16,53 +16,14 @@ from pyfirst.training.search import (
     MARGIN,
     SPREAD,
     allocate,
-    find_orders,
+    find_order,
     fit_routers,
     nested,
-    removal_order,
     settle,
     static_mask,
     targets_of,
     trial,
 )
-
-
-def costs(*worth: float):
-    """A trial in which layers cost what they are worth, each removal making the next dearer."""
-
-    def run(keep: torch.Tensor) -> torch.Tensor:
-        lost = torch.tensor(worth)[~keep].sum()
-        return torch.stack([lost, lost * 3]) / 2 * (1 + 0.1 * float((~keep).sum()))
-
-    return run
-
-
-def test_the_cheapest_layers_go_first():
-    protected = torch.tensor([True, False, False, False, False])
-    assert removal_order(costs(0, 0.1, 5, 0.3, 0.2), protected, 3) == [1, 4, 3]
-    assert removal_order(costs(0, 0.1, 5, 0.3, 0.2), protected, 9) == [1, 4, 3, 2]
-    assert nested(torch.tensor([1, 4]), 5).int().tolist() == [[1, 1, 1, 1, 1], [1, 0, 1, 1, 1], [1, 0, 1, 1, 0]]
-
-
-def test_lazy_search_equals_full_greedy_where_costs_rise():
-    torch.manual_seed(0)
-    run = costs(*torch.rand(9).tolist())
-    mask = torch.ones(9, dtype=torch.bool)
-    expected = []
-    for _ in range(6):
-        tried = {}
-        for layer in mask.nonzero()[:, 0].tolist():
-            without = mask.clone()
-            without[layer] = False
-            tried[layer] = float(run(without).mean())
-        expected.append(min(tried, key=tried.__getitem__))
-        mask[expected[-1]] = False
-    assert removal_order(run, torch.zeros(9, dtype=torch.bool), 6) == expected
-
-
-def test_search_refuses_nan():
-    with pytest.raises(InputError, match="not finite"):
-        removal_order(lambda keep: torch.tensor([float("nan")]), torch.zeros(3, dtype=torch.bool), 1)
 
 
 def test_layers_are_shared_out_for_the_least_sum():
@@ -75,22 +36,22 @@ def test_layers_are_shared_out_for_the_least_sum():
 
 
 def test_targets_rank_layers_by_their_cost():
-    orders, curves = torch.tensor([[1, 2], [3, 1]]), torch.tensor([[1.0, 1.1, 1.4], [2.0, 2.3, 4.0]])
-    masks = torch.tensor([[True, False, False, True], [True, True, True, True]])
-    targets = targets_of(orders, curves, masks)
-    assert targets[0].tolist() == [SPREAD, -SPREAD, -MARGIN, SPREAD]
-    assert targets[1].tolist() == [SPREAD, SPREAD, SPREAD, MARGIN]
+    order, curves = torch.tensor([3, 1]), torch.tensor([[1.0, 1.1, 1.4], [2.0, 2.3, 2.2]])
+    masks = torch.tensor([[True, False, True, False], [True, True, True, True]])
+    targets = targets_of(order, curves, masks)
+    assert targets[0].tolist() == [SPREAD, -MARGIN, SPREAD, -SPREAD]
+    longer = targets_of(torch.tensor([2, 3, 1]), curves, masks & (torch.arange(4) != 2))
+    assert longer[:, 2].tolist() == [-SPREAD, pytest.approx(-SPREAD + (SPREAD - MARGIN) / 3)]
+    assert longer[1, 3] == MARGIN
+    assert targets[1].tolist() == [SPREAD, SPREAD, SPREAD, MARGIN]  # 1 is no cheaper than 3, which precedes it
 
 
 def test_static_masks():
     protected = torch.tensor([True, *[False] * 6, True])
-    run = costs(9, 3, 1, 5, 2, 6, 4, 9)
 
     def skipped(kind: str, count: int = 2) -> list[int]:
-        return (~static_mask(kind, protected, count, run, 7)).nonzero()[:, 0].tolist()
+        return (~static_mask(kind, protected, count, 7)).nonzero()[:, 0].tolist()
 
-    assert skipped("loo") == [2, 4]
-    assert skipped("greedy", 3) == [1, 2, 4]
     assert skipped("even") == [2, 5]
     assert skipped("1,3,6") == [1, 3, 6]
     assert skipped("random") == skipped("random")
@@ -155,17 +116,35 @@ def test_fitted_routers_give_prompts_the_mask_of_their_task(folder, prefill):
     assert not model.routers.weight[2].any()
 
 
+@pytest.mark.parametrize("prefill", ["full", "skip"])
+def test_the_order_is_that_of_the_losses_without_each_layer(folder, prefill):
+    model = wrapped(folder, prefill)
+    some, _ = examples(6)
+    run = trial(model, some, 2)
+    costs = {layer: float(run(torch.arange(4) != layer).mean()) for layer in (1, 2, 3)}
+    assert find_order(model, some, 3, 2).tolist() == sorted(costs, key=costs.__getitem__)
+
+
+def test_values_that_are_not_finite_are_refused(folder):
+    model = wrapped(folder, "full")
+    model.inner.model.layers[2].mlp.down_proj.weight.data.fill_(torch.nan)
+    with pytest.raises(InputError, match="not finite"):
+        find_order(model, examples(2)[0], 2, 2)
+
+
 def test_tasks_get_the_masks_that_cost_least(folder):
     model = wrapped(folder, "full")
     some, _ = examples(8)
-    orders = find_orders(model, some, ["0", "1"], 0.25, 2, lambda text: None)
-    assert orders.shape == (2, 2)
-    masks, targets = settle(model, some, ["0", "1"], orders, 0.25, 2, lambda text: None)
-    assert torch.equal(masks, targets > 0)
+    order = torch.tensor([2, 1])
+    masks, curves = settle(model, some, ["0", "1"], nested(order, 4), 2, 2, lambda text: None)
+    assert torch.equal(masks, targets_of(order, curves, masks) > 0)
     assert int((~masks).sum()) == 2
     assert bool(masks[:, 0].all())
     runs = [trial(model, [e for e in some if e.task == task], 2) for task in ("0", "1")]
-    ladders = [nested(order, 4) for order in orders]
-    sums = [float(runs[0](ladders[0][d]).mean() + runs[1](ladders[1][2 - d]).mean()) for d in range(3)]
+    ladder = nested(order, 4)
+    assert ladder.int().tolist() == [[1, 1, 1, 1], [1, 1, 0, 1], [1, 0, 0, 1]]
+    least, _ = settle(model, some, ["0", "1"], ladder[1:], 2, 2, lambda text: None)
+    assert least.tolist() == [ladder[1].tolist()] * 2
+    sums = [float(runs[0](ladder[d]).mean() + runs[1](ladder[2 - d]).mean()) for d in range(3)]
     found = float(sum(run(mask).mean() for run, mask in zip(runs, masks, strict=True)))
     assert abs(found - min(sums)) < 1e-5

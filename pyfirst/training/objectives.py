@@ -78,7 +78,7 @@ def leave_one_out(model: FirstModel, examples: Sequence[Example], batch_size: in
     for start in range(0, len(order), batch_size):
         chosen = [examples[i] for i in order[start : start + batch_size]]
         batch = {k: v.to(device) for k, v in collate(chosen).items()}
-        with model.features(batch["prompt_mask"].bool()) as means:
+        with model.features(model.deciding(batch["prompt_mask"].bool())) as means:
             whole = per_example(model(**batch, dense=True), len(chosen))
         features.append(torch.stack(means, 1))
         cached = model.after_prompt(chosen) if model.prefill == "full" else None

@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--phase", choices=("both", "routers", "lora"), default="both", help="what to train (default: both)")
     add("--recipe", metavar="DIR", help="with --phase lora: the recipe whose routers stay as they are")
     add("--objective", choices=("search", "gates", "paper"), default="search", help="see docs/training.md")
-    static_help = "one mask for every prompt: greedy, loo, even, random or layer numbers (default: routing)"
+    static_help = "one mask for every prompt: loo, even, random or layer numbers (default: routing)"
     add("--static", metavar="KIND", help=static_help)
     length = result.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="optimizer steps of all phases together (default: one epoch)")
@@ -162,14 +162,15 @@ def train(args: argparse.Namespace) -> Path:
     from pyfirst.training.phases import plan, run_phase
     from pyfirst.training.routers import FirstModel, Routers
     from pyfirst.training.search import (
+        NOT_FINITE,
         SPREAD,
-        find_orders,
+        find_order,
         fit_routers,
         nested,
         removals_of,
         settle,
         static_mask,
-        trial,
+        targets_of,
     )
 
     if not args.verbose:
@@ -241,7 +242,7 @@ def train(args: argparse.Namespace) -> Path:
         report.say(f"leave-one-out over {len(some)} examples, {unprotected} layers")
         deltas, features = leave_one_out(model, some, args.batch_size)
         if not torch.isfinite(features).all() or deltas.isnan().any():
-            raise InputError("the model gives values that are not finite; train without --bf16 or check its weights")
+            raise InputError(NOT_FINITE)
         start_from(model, deltas, features, target_keep)
         report.leave_one_out_table(some, deltas)
 
@@ -251,6 +252,8 @@ def train(args: argparse.Namespace) -> Path:
     if first_process and not args.resume:
         shutil.rmtree(work, ignore_errors=True)
     tasks = sorted({e.task for e in training})
+    removals = removals_of(args.target_skip, count)
+    least = removals // 2  # even the hardest task
     routed = len(tasks) > 1 and not args.static and args.target_skip > 0
 
     def sample(size: int = args.prior_examples) -> list[Example]:
@@ -270,17 +273,26 @@ def train(args: argparse.Namespace) -> Path:
                 save_file(known[name], stored)
         return known[name]
 
-    def find() -> dict[str, torch.Tensor]:
-        return {"orders": find_orders(model, sample(), tasks, args.target_skip, args.batch_size, report.say)}
+    def order() -> torch.Tensor:
+        """The layers to leave out, the first first: half as many again as the target asks of one mask."""
+
+        def find() -> dict[str, torch.Tensor]:
+            some = sample()
+            report.say(f"leaving out each of {unprotected} layers on {len(some)} examples of {', '.join(tasks)}")
+            return {"order": find_order(model, some, min(2 * removals - least, unprotected), args.batch_size)}
+
+        return once("order", find)["order"]
 
     def choose() -> dict[str, torch.Tensor]:
         if routed:
-            orders = once("orders", find)["orders"]
-            masks, targets = settle(model, sample(), tasks, orders, args.target_skip, args.batch_size, report.say)
+            ladder, total = nested(order(), count, least), len(tasks) * removals
+            masks, curves = settle(model, sample(), tasks, ladder, total, args.batch_size, report.say)
+            targets = targets_of(order(), curves, masks)
         else:
-            removals = removals_of(args.target_skip, count)
-            pooled = trial(model, sample(), args.batch_size)
-            mask = static_mask(args.static or "greedy", model.protected, removals, pooled, args.seed)
+            if not removals or args.static not in (None, "loo"):
+                mask = static_mask(args.static or "even", model.protected, removals, args.seed)
+            else:
+                mask = nested(order(), count)[removals]
             masks = mask.expand(len(tasks), -1).clone()
             targets = torch.where(masks, SPREAD, -SPREAD)
         for task, row in zip(tasks, masks.tolist(), strict=True):
@@ -291,8 +303,7 @@ def train(args: argparse.Namespace) -> Path:
     for number, phase in enumerate(plan(args.phase, args.objective, steps, routed)):
         masks: dict[str, torch.Tensor] = {}
         if phase.masks == "depths":
-            orders = once("orders", find)["orders"]
-            masks = {task: nested(order, count) for task, order in zip(tasks, orders, strict=True)}
+            masks = dict.fromkeys(tasks, nested(order(), count, least))
         elif phase.masks:
             masks = dict(zip(tasks, once("masks", choose)["masks"][:, None], strict=True))
         prepare = prior if phase.steer and phase.routers else None
