@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from pyfirst import metadata, native
+from pyfirst.cpu import usable_cpus
 from pyfirst.errors import InputError
-from pyfirst.llama import Routing, common_prefix, pick_threshold, usable_cpus
+from pyfirst.llama import Routing, common_prefix, pick_threshold
 from pyfirst.text import TextStream
 
 import llama_cpp  # isort: skip  (after native, which points it at our library)
@@ -116,7 +117,7 @@ class FirstBatch:
         n_ctx: tokens per sequence, prompt and answer together; at most what the model was trained for.
         routing, threshold, skip, prefill: as in FirstLlama.
         n_batch: tokens that one step computes at most.
-        n_threads: default: the CPUs this process may use.
+        n_threads: default: the cores this process may use.
         kv_unified: one pool of n_parallel * n_ctx cells for all sequences instead of one per sequence.
         type_k, type_v: ggml types of keys and values (default f16).
         verbose: show llama.cpp's log.

@@ -1,8 +1,18 @@
-"""Whether this processor has the instructions that the library was compiled for; without, it dies of SIGILL."""
+"""The processor: how many threads to use, and whether it has the instructions that the library was compiled for.
+
+Nothing of the library is imported here: without those instructions it dies of SIGILL.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+SYSFS = Path("/sys/devices/system/cpu")
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
 
 # What llama.cpp's CPU backend makes use of, as /proc/cpuinfo names it on x86-64 and on aarch64.
 _NAMES = (
@@ -35,3 +45,54 @@ def check(lib_dir: Path, cpuinfo: Path = Path("/proc/cpuinfo")) -> None:
             f"{lib_dir}: compiled for a processor with {', '.join(sorted(missing))}, which this one lacks; build "
             "pyfirst again on this machine (pip install --no-cache-dir --force-reinstall .) or install a wheel"
         )
+
+
+def cgroups(controller: str, root: Path | None = None, own: Path | None = None) -> set[Path]:
+    """Folders of the cgroups around this process, version 2 and version 1, that may hold limits of a controller."""
+    root = root or CGROUPS
+    folders = {root, root / controller}
+    try:
+        groups = [line.split(":", 2)[1:] for line in (own or OWN_CGROUPS).read_text().splitlines()]
+    except OSError:
+        groups = []
+    for controllers, path in (group for group in groups if len(group) == 2):
+        if not controllers or controller in controllers.split(","):
+            base = root / controller if controllers else root
+            inner = base / path.strip("/")
+            folders.update((inner, *inner.parents))
+    return folders
+
+
+def _quotas(root: Path | None, own: Path | None) -> Iterator[float]:
+    """CPUs that each cgroup around this process may use, where one is limited."""
+    for folder in cgroups("cpu", root, own):
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = map(int, (folder / "cpu.max").read_text().split())
+            yield quota / period
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+            if quota > 0:
+                yield quota / period
+
+
+def _cores(cpus: Iterable[int], sysfs: Path) -> int:
+    """Physical cores among logical CPUs; one whose siblings the system does not tell is its own."""
+    found = set()
+    for cpu in cpus:
+        siblings = str(cpu)
+        for name in ("thread_siblings_list", "core_cpus_list"):
+            with contextlib.suppress(OSError):
+                siblings = (sysfs / f"cpu{cpu}" / "topology" / name).read_text().strip() or siblings
+                break
+        found.add(siblings)
+    return len(found)
+
+
+def usable_cpus(root: Path | None = None, own: Path | None = None, sysfs: Path | None = None) -> int:
+    """Physical cores that this process may use: affinity and, on Linux, the quotas of its cgroups.
+
+    Two threads on one core share what decoding waits for, so hyper-threads do not count.
+    """
+    count = os.cpu_count() or 1
+    cpus: Iterable[int] = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(count)
+    return max(1, int(min([_cores(cpus, sysfs or SYSFS), *_quotas(root, own)])))

@@ -19,13 +19,13 @@ import threading
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pyfirst import completion, metadata, native
 from pyfirst.chat import ChatTemplate
+from pyfirst.cpu import usable_cpus
 from pyfirst.errors import InputError
 
 import jinja2  # isort: skip  a dependency of llama-cpp-python
@@ -73,33 +73,6 @@ class _Live:
     deciding: tuple[int, ...] = ()  # in "skip": the tokens that decided
     threshold: float | None = None
     mask: tuple[bool, ...] = ()
-
-
-def _quotas(root: Path, own: Path) -> Iterator[float]:
-    """CPUs that each cgroup around this process may use, where one is limited; version 2 and version 1."""
-    try:
-        groups = [line.split(":", 2)[1:] for line in own.read_text().splitlines()]
-    except (OSError, ValueError):
-        groups = []
-    folders = {root, root / "cpu"}
-    for controllers, path in groups:
-        base = root / "cpu" if controllers else root
-        folders.update((base / path.strip("/")).parents)
-        folders.add(base / path.strip("/"))
-    for folder in folders:
-        with contextlib.suppress(OSError, ValueError):
-            quota, period = map(int, (folder / "cpu.max").read_text().split())
-            yield quota / period
-        with contextlib.suppress(OSError, ValueError):
-            quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
-            if quota > 0:
-                yield quota / period
-
-
-def usable_cpus(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> int:
-    """CPUs that this process may use: affinity and, on Linux, the quotas of its cgroups."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, int(min([count, *_quotas(Path(root), Path(own))])))
 
 
 def _fingerprint(model_path: str) -> str:
@@ -168,7 +141,7 @@ class FirstLlama(llama_cpp.Llama):
         mask: bool [n_layer], True = keep, forces the decision; also for files without routers.
         skip_layers: layer indices to skip, the other way to say ``mask``.
         sticky: keep the first decision for a chat that only grows.
-        **kwargs: arguments of llama_cpp.Llama; ``n_threads`` defaults to the CPUs this process may use.
+        **kwargs: arguments of llama_cpp.Llama; ``n_threads`` defaults to the cores this process may use.
 
     Raises:
         ValueError: no such file, not a usable GGUF, mask of the wrong length, prefill or threshold out of range,

@@ -15,7 +15,7 @@ import tiny
 
 from pyfirst import FirstBatch, FirstLlama, InputError
 from pyfirst.batch import Request
-from pyfirst.llama import usable_cpus
+from pyfirst.cpu import usable_cpus
 
 F32 = {"type_k": 0, "type_v": 0}
 MASKS = [[1, 0, 1, 1], [1, 1, 0, 1], [1, 0, 1, 1], None]

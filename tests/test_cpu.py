@@ -1,4 +1,4 @@
-"""The processor check: what it refuses, and that an import says so instead of dying."""
+"""The processor: threads by default, and that an import refuses one that lacks instructions instead of dying."""
 
 from __future__ import annotations
 
@@ -53,3 +53,56 @@ def test_import_says_it(tmp_path):
     )
     assert done.returncode == 1
     assert "ImportError" in done.stderr and "sme, which this one lacks" in done.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def four(monkeypatch):
+    """A process that may use logical CPUs 0 to 3."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
+
+
+def test_threads_obey_the_quotas_of_all_cgroups_around(four, tmp_path):
+    own, none = tmp_path / "cgroup", tmp_path / "none"
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "cpu/x").mkdir(parents=True)
+    own.write_text("0::/a/b\n3:cpu,cpuacct:/x\nrubbish\n")
+    assert cpu.usable_cpus(none, none, none) == 4
+    for file, content, expected in (
+        ("a/cpu.max", "150000 100000", 1),
+        ("a/cpu.max", "300000 100000", 3),
+        ("a/b/cpu.max", "5000 100000", 1),
+        ("cpu.max", "max 100000", 4),
+        ("a/cpu.max", "900000 100000", 4),
+        ("a/cpu.max", "rubbish", 4),
+    ):
+        (tmp_path / file).write_text(content)
+        assert cpu.usable_cpus(tmp_path, own, none) == expected, content
+        (tmp_path / file).unlink()
+    for quota, expected in (("-1", 4), ("200000", 2)):
+        (tmp_path / "cpu/x/cpu.cfs_quota_us").write_text(quota)
+        (tmp_path / "cpu/x/cpu.cfs_period_us").write_text("100000")
+        assert cpu.usable_cpus(tmp_path, own, none) == expected
+
+
+@pytest.mark.parametrize(
+    ("file", "siblings", "allowed", "expected"),
+    [
+        ("thread_siblings_list", ["0,4", "1,5", "2,6", "3,7"] * 2, range(8), 4),
+        ("thread_siblings_list", ["0-1", "0-1", "2-3", "2-3"], range(4), 2),
+        ("core_cpus_list", ["0-1", "0-1", "2-3", "2-3"], [0, 2, 3], 2),  # one sibling of the first core only
+        ("thread_siblings_list", ["0", "1", "2", "3"], [1, 3], 2),
+        ("unknown", ["0-1", "0-1", "2-3", "2-3"], range(4), 4),
+    ],
+)
+def test_hyper_threads_are_no_cores(file, siblings, allowed, expected, tmp_path, monkeypatch):
+    for number, text in enumerate(siblings):
+        (tmp_path / f"cpu{number}/topology").mkdir(parents=True)
+        (tmp_path / f"cpu{number}/topology" / file).write_text(text + "\n")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(allowed), raising=False)
+    assert cpu.usable_cpus(tmp_path / "none", tmp_path / "none", tmp_path) == expected
+
+
+def test_a_system_without_affinity_counts_its_cpus(monkeypatch, tmp_path):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert cpu.usable_cpus(tmp_path, tmp_path / "none", tmp_path) == 6

@@ -17,7 +17,6 @@ import tiny
 from native_model import opened
 
 from pyfirst import FirstLlama, InputError, native
-from pyfirst.llama import usable_cpus
 
 F32 = {"type_k": 0, "type_v": 0, "n_ctx": 256}
 GREEDY = {"temperature": 0.0, "max_tokens": 8}
@@ -633,27 +632,7 @@ def test_the_interpreter_ends_quietly(code, files):
     assert (done.returncode, done.stdout, done.stderr) == (3, "", "")
 
 
-def test_threads_are_those_we_may_use(files, tmp_path):
-    own = tmp_path / "cgroup"
-    (tmp_path / "a/b").mkdir(parents=True)
-    (tmp_path / "cpu/x").mkdir(parents=True)
-    own.write_text("0::/a/b\n3:cpu,cpuacct:/x\n")
-    everything = usable_cpus(str(tmp_path / "none"), str(tmp_path / "none"))
-    assert everything == len(os.sched_getaffinity(0))
-    for file, content, expected in (
-        ("a/cpu.max", "150000 100000", min(everything, 1)),
-        ("a/b/cpu.max", "5000 100000", 1),
-        ("cpu.max", "max 100000", everything),
-        ("a/cpu.max", "rubbish", everything),
-    ):
-        (tmp_path / file).write_text(content)
-        assert usable_cpus(str(tmp_path), str(own)) == expected
-        (tmp_path / file).unlink()
-    for name, value in (("quota", "-1"), ("period", "100000")):
-        (tmp_path / f"cpu/x/cpu.cfs_{name}_us").write_text(value)
-    assert usable_cpus(str(tmp_path), str(own)) == everything
-    (tmp_path / "cpu/x/cpu.cfs_quota_us").write_text("100000")
-    assert usable_cpus(str(tmp_path), str(own)) == 1
+def test_threads_are_those_we_may_use(files):
     code = (
         "import os; os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1]); from pyfirst import FirstLlama\n"
         f"llm = FirstLlama({str(files['full'][2])!r})\nprint(llm.n_threads, llm.n_threads_batch)"

@@ -124,7 +124,7 @@ def _sensor(pattern: str) -> list[str]:
 
 def machine(threads: int) -> dict[str, Any]:
     """What the numbers were measured on; None for what the system does not tell."""
-    from pyfirst.llama import usable_cpus
+    from pyfirst.cpu import usable_cpus
 
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
@@ -440,7 +440,7 @@ def table(result: dict[str, Any]) -> str:
     if machine["temperature_c"] is not None:
         facts.append(f"{machine['temperature_c']:.0f} °C")
     lines = [
-        f"machine  {machine['cpu']}, {machine['cpus']} CPUs, {', '.join(facts)}",
+        f"machine  {machine['cpu']}, {machine['cpus']} cores, {', '.join(facts)}",
         f"model    {model['path']} ({model['layers']} layers, {model['tensor_type']})",
         f"runs     decode {settings['n_predict']} tokens, {settings['repeats']} in turns after a warm-up; medians"
         + (", CPU time" if settings["clock"] == "cpu" else ""),

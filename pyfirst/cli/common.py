@@ -40,7 +40,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of prompt and answer; never more than the model was trained for (default: 2048)",
     )
-    add("-t", "--threads", type=int, metavar="N", help="threads (default: the CPUs this process may use)")
+    add("-t", "--threads", type=int, metavar="N", help="threads (default: the cores this process may use)")
     add("--threshold", type=float, metavar="T", help="keep layers scored T or more (default: the file's)")
     add("--prefill", choices=PREFILL_MODES, help="skip: the prompt skips too (default: the file's, or full)")
 

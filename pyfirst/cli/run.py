@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="tokens of prompt and answer; never more than the model was trained for (default: 2048)",
     )
-    add("-t", "--threads", type=int, metavar="N", help="threads (default: the CPUs this process may use)")
+    add("-t", "--threads", type=int, metavar="N", help="threads (default: the cores this process may use)")
     add("--temp", type=float, default=0.8, help="sampling temperature, 0: the likeliest token (default: 0.8)")
     add("--seed", type=int, metavar="N", help="seed of the sampling, -1: random (default: random)")
     add(

@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="tokens per sequence, never more than the model was trained for (default: 2048); times --parallel it "
         "bounds the memory for keys and values",
     )
-    parser.add_argument("-t", "--threads", type=int, help="default: the CPUs this process may use")
+    parser.add_argument("-t", "--threads", type=int, help="default: the cores this process may use")
     parser.add_argument("--queue", type=int, default=64, help="requests that may wait (default: 64); more get a 503")
     parser.add_argument("--threshold", type=float, help="a layer is kept when its mean score reaches this")
     parser.add_argument("--skip", metavar="SHARE", help="share of layers to skip on average, as 20%% or 0.2")

@@ -32,7 +32,7 @@ class Session:
     Args:
         model: GGUF file.
         ctx: context length in tokens, prompt and answer; at most what the model was trained for.
-        threads: default: the CPUs this process may use.
+        threads: default: the cores this process may use.
         dense: no layer is skipped.
         threshold, skip, skip_layers, prefill, sticky: as in FirstLlama.
         verbose: let llama.cpp log to stderr.
