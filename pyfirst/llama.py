@@ -562,19 +562,10 @@ class FirstLlama(llama_cpp.Llama):
         self._file = self._file or _fingerprint(self.model_path)
         return self._file
 
-    def _hold_masks(self) -> None:
-        """Where nothing is routed, states hold masks and masks count only once one has been set."""
-        if not self._routed:
-            with contextlib.suppress(InputError):  # layers of this architecture cannot be skipped, or one is already
-                if native.get_mask(self.ctx, self.n_layer) is None:
-                    native.set_mask(self.ctx, np.ones(self.n_layer, bool))
-                    native.set_mask(self.ctx, None)
-
     def save_state(self) -> Any:
         """The parent's state; keys, values and mask are inside. It may be pickled, and loaded in another process."""
         self._check_open()
         with self._lock:
-            self._hold_masks()
             state = super().save_state()
             state.input_ids = state.input_ids[: state.n_tokens]
             # rides along when pickled
@@ -605,7 +596,6 @@ class FirstLlama(llama_cpp.Llama):
         with self._lock:
             self._turn += 1
             self._pending = None
-            self._hold_masks()
             size = len(state.llama_state)
             blob = (ctypes.c_uint8 * size).from_buffer_copy(state.llama_state)
             read = llama_cpp.llama_state_set_data(self.ctx, blob, size) if size else -1

@@ -467,7 +467,6 @@ def test_a_sequence_moves_to_another_process_and_another_size(files, tmp_path):
         "import ctypes, sys, numpy as np; from native_model import opened; import llama_cpp\n"
         "ids, count = (ctypes.c_int32 * 1)(), ctypes.c_size_t(0)\n"
         f"with opened({str(path)!r}, n_ctx=500, n_seq=4, kv_unified=True) as m:\n"
-        "    m.set_mask([1, 1, 1, 1])\n"
         f"    assert llama_cpp.llama_state_seq_load_file(m.ctx, {str(tmp_path / 'seq')!r}.encode(), 2, ids, 1, "
         "ctypes.byref(count))\n"
         f"    assert m.mask(2).tolist() == {mask.tolist()}\n"

@@ -460,26 +460,113 @@ def test_masks_follow_the_kv(tiny_model):
         assert model.mask(1) is None
 
 
-def test_saved_state_carries_the_mask(tiny_model):
+def saved(model, way: str, folder: Path) -> bytes:
+    """The state of sequence 0, or of the whole context, as one of the C API's four functions saves it."""
     import ctypes
 
     import llama_cpp
 
-    folder, path = tiny_model("llama")
-    net = tiny.load(folder)
+    ids, file = (ctypes.c_int32 * 1)(), str(folder / "saved").encode()
+    if way == "seq_file":
+        assert llama_cpp.llama_state_seq_save_file(model.ctx, file, 0, ids, 0)
+    elif way == "file":
+        assert llama_cpp.llama_state_save_file(model.ctx, file, ids, 0)
+    else:
+        get_size, get = {
+            "seq_data": (llama_cpp.llama_state_seq_get_size, llama_cpp.llama_state_seq_get_data),
+            "data": (llama_cpp.llama_state_get_size, llama_cpp.llama_state_get_data),
+        }[way]
+        which = (0,) if way == "seq_data" else ()
+        blob = (ctypes.c_uint8 * get_size(model.ctx, *which))()
+        assert get(model.ctx, blob, len(blob), *which) == len(blob)
+        return bytes(blob)
+    return (folder / "saved").read_bytes()
+
+
+def restored(model, way: str, folder: Path, raw: bytes) -> bool:
+    """Whether the function that belongs to saved() takes the state."""
+    import ctypes
+
+    import llama_cpp
+
+    ids, count, file = (ctypes.c_int32 * 1)(), ctypes.c_size_t(0), str(folder / "restored").encode()
+    if way.endswith("file"):
+        (folder / "restored").write_bytes(raw)
+        if way == "file":
+            return bool(llama_cpp.llama_state_load_file(model.ctx, file, ids, 1, ctypes.byref(count)))
+        return llama_cpp.llama_state_seq_load_file(model.ctx, file, 0, ids, 1, ctypes.byref(count)) == len(raw)
+    blob = (ctypes.c_uint8 * len(raw)).from_buffer_copy(raw)
+    if way == "data":
+        return llama_cpp.llama_state_set_data(model.ctx, blob, len(raw)) == len(raw)
+    return llama_cpp.llama_state_seq_set_data(model.ctx, blob, len(raw), 0) == len(raw)
+
+
+WAYS = ["data", "seq_data", "file", "seq_file"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("routers", [False, True])
+def test_a_restored_mask_is_obeyed_by_a_context_that_never_had_one(routers, way, tiny_model, routed, tmp_path):
+    folder, path = routed("llama", prefill="full")[::2] if routers else tiny_model("llama")
     mask = np.array([1, 0, 0, 1], bool)
-    truth = tiny.gold(net, mask, PROMPT, NEXT, "skip")
-    with opened(path) as model, opened(path, n_ctx=512) as other:
+    truth = tiny.gold(tiny.load(folder), mask, PROMPT, NEXT, "skip")
+    with opened(path) as model, opened(path, n_ctx=512) as fresh:
         model.set_mask(mask)
         model.feed(PROMPT)
-        size = llama_cpp.llama_state_seq_get_size(model.ctx, 0)
-        blob = (ctypes.c_uint8 * size)()
-        assert llama_cpp.llama_state_seq_get_data(model.ctx, blob, size, 0) == size
-        other.set_mask([1, 1, 1, 1])
-        assert llama_cpp.llama_state_seq_set_data(other.ctx, blob, size, 0) == size
-        assert (other.mask() == mask).all()
+        raw = saved(model, way, tmp_path)
+        assert restored(fresh, way, tmp_path, raw)
+        assert (fresh.mask() == mask).all()
+        assert_same(np.concatenate([fresh.feed([t], 20 + i) for i, t in enumerate(NEXT)]), truth[20:])
+        # Back where it was saved, and where another mask was pinned.
+        assert restored(model, way, tmp_path, raw)
+        assert_same(np.concatenate([model.feed([t], 20 + i) for i, t in enumerate(NEXT)]), truth[20:])
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_states_of_dense_contexts_stay_those_of_the_unpatched_library(masked, way, tiny_model, tmp_path):
+    """Also a context that has masks takes them, and what it restores is dense."""
+    folder, path = tiny_model("llama")
+    truth = tiny.gold(tiny.load(folder), np.ones(4), PROMPT, NEXT, "skip")
+    with opened(path) as model, opened(path) as other:
+        model.feed(PROMPT)
+        raw = saved(model, way, tmp_path)
+        if masked:
+            other.set_mask([1, 0, 1, 1])
+            other.feed(PROMPT[:9])
+        assert b"FRST" not in raw and restored(other, way, tmp_path, raw)
+        assert other.mask() is None
         assert_same(np.concatenate([other.feed([t], 20 + i) for i, t in enumerate(NEXT)]), truth[20:])
-        assert llama_cpp.llama_state_seq_set_data(other.ctx, blob, size - 10, 0) == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_state_cut_anywhere_leaves_nothing_behind(way, routed, tmp_path):
+    """No KV without its mask: every byte of the masks' section, and samples of the rest. Nothing aborts."""
+    import llama_cpp
+
+    _, _, path = routed("llama", prefill="full")
+    with opened(path, n_seq=2, kv_unified=True) as model, opened(path, n_seq=2, kv_unified=True) as other:
+        native.set_routing(model.ctx, True)
+        model.feed(PROMPT)
+        model.feed(NEXT[:1], 20)
+        raw = saved(model, way, tmp_path)
+        section = raw.rindex(b"FRST")
+        assert len(raw) - section > 400  # mask, positions and scores
+        neighbour = tiny.prompt(9, 3)
+        cuts = [*range(3, section, 997), *range(section - 9, len(raw))]
+        for n, cut in enumerate(cuts):
+            if way.startswith("seq") and n % 50 == 0:
+                other.clear(1)
+                other.feed(neighbour, seq=1)
+            assert not restored(other, way, tmp_path, raw[:cut]), cut
+            assert other.mask() is None
+            if cut >= section - 9 or way.startswith("seq"):
+                assert llama_cpp.llama_memory_seq_pos_max(other.memory, 0) == -1, cut
+        if way.startswith("seq"):
+            assert llama_cpp.llama_memory_seq_pos_max(other.memory, 1) == 8
+        assert restored(other, way, tmp_path, raw)
+        assert (other.mask() == model.mask()).all()
+        assert_same(other.feed(NEXT[1:2], 21), model.feed(NEXT[1:2], 21))
 
 
 def test_layers_without_kv_cannot_come_back(tiny_model):
