@@ -21,7 +21,9 @@ from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from first_convert.convert import convert
 from pyfirst.cli.bench import machine
-from pyfirst.evaluation import Scorer, evaluate, read_examples
+from pyfirst.cpu import usable_cpus
+from pyfirst.evaluation import Scorer, evaluate
+from pyfirst.tasks import read_examples
 
 ROOT = Path(__file__).resolve().parent.parent
 SKIPS = (0.10, 0.15, 0.20, 0.25, 0.30)
@@ -184,7 +186,7 @@ def main() -> None:
             print(f"== {point['series']} {point['label']}", file=sys.stderr, flush=True)
             point.update(quality(gguf, point, args.test, args.limit, args.threads))
         opened.append((point, gguf))
-    result = {"machine": machine(args.threads or 2), "limit": args.limit, "rounds": args.rounds}
+    result = {"machine": machine(args.threads or usable_cpus()), "limit": args.limit, "rounds": args.rounds}
     result["points"] = [point for point, _ in opened]
     stored.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     speeds(opened, args.test, args.rounds, args.n, args.threads)

@@ -23,6 +23,7 @@ from pyfirst.chat import ChatTemplate
 from pyfirst.cli.bench import machine
 from pyfirst.errors import InputError
 from pyfirst.info import info
+from pyfirst.layers import evenly
 from pyfirst.llama import FirstLlama
 from pyfirst.scores import (
     DEFAULT_METRICS,
@@ -60,11 +61,6 @@ class System:
     mask: np.ndarray | None
 
 
-def evenly(n_layer: int, n_skip: int) -> list[int]:
-    """``n_skip`` inner layers at equal distances from each other and from both ends."""
-    return [int((i + 1) * (n_layer - 1) / (n_skip + 1) + 0.5) for i in range(n_skip)]
-
-
 def _count(mode: str, text: str, n_layer: int) -> int:
     most = max(n_layer - 2, 0)
     if not (text.isascii() and text.isdigit() and 1 <= int(text) <= most):
@@ -93,7 +89,7 @@ def mode_mask(mode: str, n_layer: int, seed: int) -> np.ndarray | None:
             mask[layer] = False
         return mask
     if kind == "even":
-        mask[evenly(n_layer, _count(mode, rest, n_layer))] = False
+        mask[evenly(range(1, n_layer - 1), _count(mode, rest, n_layer))] = False
         return mask
     if kind == "random":
         mask[random.Random(seed).sample(range(1, n_layer - 1), _count(mode, rest, n_layer))] = False

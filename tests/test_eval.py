@@ -17,7 +17,8 @@ from first_convert import convert
 from pyfirst import FirstLlama, scores
 from pyfirst.cli.eval import build_parser, main
 from pyfirst.errors import InputError
-from pyfirst.evaluation import Scorer, evaluate, evenly, mode_mask, plan
+from pyfirst.evaluation import Scorer, evaluate, mode_mask, plan
+from pyfirst.layers import evenly
 from pyfirst.tasks import read_examples
 
 F32 = {"type_k": 0, "type_v": 0}
@@ -344,7 +345,7 @@ def test_layers_of_the_modes():
             for mode in ("even", "random"):
                 skipped = np.flatnonzero(~mode_mask(f"{mode}:{n_skip}", n_layer, 0))
                 assert len(skipped) == n_skip and skipped[0] > 0 and skipped[-1] < n_layer - 1
-    assert evenly(30, 7) == [4, 7, 11, 15, 18, 22, 25]
+    assert evenly(range(1, 29), 7) == [3, 7, 11, 15, 19, 23, 27]
     assert (mode_mask("random:7", 30, 0) == mode_mask("random:7", 30, 0)).all()
     assert (mode_mask("random:7", 30, 0) != mode_mask("random:7", 30, 1)).any()
 

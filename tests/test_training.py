@@ -48,7 +48,7 @@ def greedy(model: FirstModel, ids: torch.Tensor, **options):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("prefill", ["full", "skip"])
 def test_cached_generation_is_the_forward_without_the_layers(tmp_path, arch, prefill):
-    """D01: the cache's length and the positions hold when layer 0, or nearly all, are skipped."""
+    """The cache's length and the positions hold when layer 0, or nearly all, are skipped."""
     model = routed(tiny.make(arch, tmp_path), prefill=prefill)
     ids = prompt_of(9)
     for off in MASKS.values():
@@ -106,7 +106,7 @@ def test_decisions_are_the_equation(folder, tmp_path, prefill, norm):
 @pytest.mark.parametrize("prefill", ["full", "skip"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_and_neighbours_change_nothing(folder, prefill, side):
-    """D05, also with a prompt that ends in the padding token itself."""
+    """Also with a prompt that ends in the padding token itself."""
     model = routed(folder, prefill=prefill, window=7)
     rows = [prompt_of(n, n)[0] for n in (5, 11, 8)]
     rows[0][-1] = 2
@@ -230,7 +230,6 @@ def test_leave_one_out_finds_the_useless_layer(folder):
 
 
 def test_routers_come_back_bit_equal_and_wrong_ones_are_refused(folder, tmp_path):
-    """D06."""
     model = routed(folder)
     weight, bias = model.routers.weight.detach().numpy(), model.routers.bias.detach().numpy()
     save_recipe(tmp_path, FirstConfig(4, tiny.WIDTH, router_norm="rms"), weight, bias)

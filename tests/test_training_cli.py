@@ -78,7 +78,7 @@ def test_a_run_leaves_a_complete_recipe(folder, trained):
 
 
 def test_stored_recipe_decides_as_measured(folder, trained, data):
-    """D06: reloaded through PEFT, the recipe gives the masks and losses that its card names."""
+    """Reloaded through PEFT, the recipe gives the masks and losses that its card names."""
     from peft import PeftModel
     from transformers import AutoTokenizer
 
@@ -188,14 +188,13 @@ def test_the_papers_objective_and_bf16(folder, data, tmp_path):
     ],
 )
 def test_extreme_settings_stay_finite(folder, data, tmp_path, more):
-    """D04."""
     assert main(arguments(folder, data, tmp_path / "out", *more)) == 0
     recipe = load_recipe(tmp_path / "out")
     assert np.isfinite(recipe.weight).all()
 
 
 def test_nan_steps_are_left_out_and_end_the_run(folder, data, trained, tmp_path, monkeypatch, capsys):
-    """D04: one bad step costs nothing but itself, lasting NaN leaves the recipe there was."""
+    """One bad step costs nothing but itself, lasting NaN leaves the recipe there was."""
     before = (trained / "first_routers.safetensors").read_bytes()
     original = phases.PhaseTrainer.compute_loss
     calls = []
@@ -304,7 +303,7 @@ def test_two_processes_write_one_recipe(folder, data, tmp_path):
         ("{oops", "not valid JSON"),
         ('{"prompt": "a"}', "expected"),
         ('["a"]', "expected"),
-        ('{"prompt": "a", "response": ""}', "text in both"),
+        ('{"prompt": "a", "response": ""}', "not a text, or empty"),
     ],
 )
 def test_wrong_data_names_the_line(tmp_path, text, words):

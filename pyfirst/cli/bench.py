@@ -17,6 +17,7 @@ from typing import Any
 from pyfirst import plots, predict
 from pyfirst.cli import bench_files, common
 from pyfirst.errors import InputError
+from pyfirst.layers import evenly
 
 DEFAULT_SHARES = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5)
 CLOCKS = ("wall", "cpu")
@@ -76,9 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def spread(n_layer: int, n_skip: int) -> list[int]:
     """``n_skip`` layers to skip, evenly spaced, without the first and the last."""
-    if n_skip == 1:
-        return [n_layer // 2]
-    return [1 + i * (n_layer - 3) // (n_skip - 1) for i in range(n_skip)]
+    return evenly(range(1, n_layer - 1), n_skip)
 
 
 def parse_skipped(text: str | None, n_layer: int) -> list[int]:

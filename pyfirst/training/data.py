@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ import torch
 from torch.utils.data import Sampler
 
 from pyfirst.errors import InputError
+from pyfirst.tasks import read_examples
 
 
 @dataclass
@@ -38,29 +38,7 @@ class Example:
 
 def read_jsonl(path: str | Path) -> list[dict[str, str]]:
     """Lines of a task file as dicts of prompt, response and task. Raises InputError naming the line."""
-    path = Path(path)
-    rows = []
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; expected JSON lines with 'prompt' and 'response'") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error})") from None
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number}: not valid JSON ({error})") from None
-        for key in ("prompt", "response"):
-            if not isinstance(row, dict) or not isinstance(row.get(key), str) or not row[key].strip():
-                raise InputError(f'{path}:{number}: expected {{"prompt": "...", "response": "..."}} with text in both')
-        task = row.get("task", path.name.split(".")[0])
-        rows.append({"prompt": row["prompt"], "response": row["response"], "task": str(task)})
-    if not rows:
-        raise InputError(f"{path}: no examples in it")
-    return rows
+    return [{"prompt": e.prompt, "response": e.references[0], "task": e.task} for e in read_examples(path)]
 
 
 def read_rows(name: str) -> list[dict[str, str]]:

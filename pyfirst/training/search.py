@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from pyfirst.errors import InputError
+from pyfirst.layers import evenly
 from pyfirst.training.data import Example, collate
 from pyfirst.training.objectives import leave_one_out, ridge
 from pyfirst.training.report import batches
@@ -33,7 +34,7 @@ from pyfirst.training.routers import FirstModel, per_example
 SPREAD = 1.5
 MARGIN = 0.5
 # Without gradients more fits into memory than in training, and short responses want company.
-TRIAL_BATCH = 12
+TRIAL_BATCH = 6
 NOT_FINITE = "the model gives values that are not finite; train without --bf16 or check its weights"
 
 Trial = Callable[[torch.Tensor], torch.Tensor]
@@ -144,7 +145,7 @@ def static_mask(kind: str, protected: torch.Tensor, removals: int, seed: int) ->
     """
     free = (~protected).nonzero()[:, 0].tolist()
     if kind == "even":
-        chosen = [free[int((i + 0.5) * len(free) / removals)] for i in range(removals)]
+        chosen = evenly(free, removals)
     elif kind == "random":
         chosen = random.Random(seed).sample(free, removals)
     elif re.fullmatch(r"\d+(,\d+)*", kind):
