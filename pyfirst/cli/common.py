@@ -16,6 +16,8 @@ from pathlib import Path
 from pyfirst.errors import InputError
 from pyfirst.metadata import PREFILL_MODES
 
+MAX_CTX = 2048  # tokens of a sequence where no -c is given and memory allows it
+
 
 def parser(prog: str, description: str, example: str) -> argparse.ArgumentParser:
     """An ArgumentParser whose help ends with a worked example, with --verbose on board."""

@@ -16,6 +16,7 @@ import numpy as np
 
 from pyfirst.batch import FirstBatch, Request, first_options
 from pyfirst.chat import ChatTemplate
+from pyfirst.cli import common
 from pyfirst.errors import InputError
 
 # Prompts submitted ahead of the oldest unanswered one, per place: what an interruption may lose.
@@ -103,7 +104,7 @@ def run_many(
     lines: Iterable[bytes],
     *,
     parallel: int = 8,
-    ctx: int = 2048,
+    ctx: int | None = None,
     out: Path | None = None,
     chat: bool = False,
     n_predict: int = 128,
@@ -149,6 +150,7 @@ def run_many(
                 model,
                 n_parallel=parallel,
                 n_ctx=ctx,
+                max_ctx=common.MAX_CTX,
                 routing=not dense,
                 threshold=threshold,
                 skip=skip,

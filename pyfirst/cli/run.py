@@ -50,9 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
         "-c",
         "--ctx-size",
         type=int,
-        default=2048,
         metavar="N",
-        help="tokens of prompt and answer; never more than the model was trained for (default: 2048)",
+        help="tokens of prompt and answer; never more than the model was trained for (default: 2048, less where "
+        "memory is short); also opens a file that seems too large for memory",
     )
     add("-t", "--threads", type=int, metavar="N", help="threads (default: the cores this process may use)")
     add("--temp", type=float, default=0.8, help="sampling temperature, 0: the likeliest token (default: 0.8)")
@@ -108,7 +108,7 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("-p and -f exclude each other")
     if args.n_predict < 1 and args.n_predict != -1:
         raise InputError(f"-n is {args.n_predict}, expected at least 1 token, or -1 for no limit")
-    if args.ctx_size < 2:
+    if args.ctx_size is not None and args.ctx_size < 2:
         raise InputError(f"-c is {args.ctx_size}, expected at least 2 tokens")
     if args.threads is not None and args.threads < 1:
         raise InputError(f"-t is {args.threads}, expected at least 1 thread")

@@ -25,9 +25,8 @@ def build_parser() -> argparse.ArgumentParser:
         "-c",
         "--ctx",
         type=int,
-        default=2048,
-        help="tokens per sequence, never more than the model was trained for (default: 2048); times --parallel it "
-        "bounds the memory for keys and values",
+        help="tokens per sequence, never more than the model was trained for (default: 2048, less where memory is "
+        "short); times --parallel it bounds the memory for keys and values",
     )
     parser.add_argument("-t", "--threads", type=int, help="default: the cores this process may use")
     parser.add_argument("--queue", type=int, default=64, help="requests that may wait (default: 64); more get a 503")
@@ -48,6 +47,7 @@ def serve(args: argparse.Namespace) -> None:
         args.model,
         n_parallel=args.parallel,
         n_ctx=args.ctx,
+        max_ctx=common.MAX_CTX,
         n_threads=args.threads,
         routing=not args.dense,
         threshold=args.threshold,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pyfirst.chat import ChatTemplate
+from pyfirst.cli import common
 from pyfirst.errors import InputError
 from pyfirst.info import info
 from pyfirst.llama import FirstLlama
@@ -31,7 +32,8 @@ class Session:
 
     Args:
         model: GGUF file.
-        ctx: context length in tokens, prompt and answer; at most what the model was trained for.
+        ctx: context length in tokens, prompt and answer; at most what the model was trained for. Default: 2048,
+            less where memory is short.
         threads: default: the cores this process may use.
         dense: no layer is skipped.
         threshold, skip, skip_layers, prefill, sticky: as in FirstLlama.
@@ -42,7 +44,7 @@ class Session:
         self,
         model: str,
         *,
-        ctx: int = 2048,
+        ctx: int | None = None,
         threads: int | None = None,
         dense: bool = False,
         threshold: float | None = None,
@@ -57,7 +59,6 @@ class Session:
         for name, value in (("threshold", threshold), ("skip", skip)):
             if value is not None and not self.routers:
                 raise InputError(f"{model}: no routers in this file, so --{name} has nothing to decide")
-        self.ctx = min(ctx, found["context_length"] or ctx)
         self.mode = "dense" if dense else "forced" if skip_layers is not None else "routed"
         if self.mode == "routed" and not self.routers:
             self.mode = "dense"
@@ -69,11 +70,13 @@ class Session:
             skip_layers=skip_layers,
             prefill=prefill,
             sticky=sticky,
-            n_ctx=self.ctx,
+            n_ctx=None if ctx is None else min(ctx, found["context_length"] or ctx),
+            max_ctx=common.MAX_CTX,
             n_threads=threads,
             n_threads_batch=threads,
             verbose=verbose,
         )
+        self.ctx = self.llm.context_params.n_ctx
         self._template: ChatTemplate | None = None
 
     def close(self) -> None:
