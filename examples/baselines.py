@@ -27,7 +27,6 @@ from pyfirst.training.train import train
 ROOT = Path(__file__).resolve().parent.parent
 WAYS = {
     "first": ("FiRST + LoRA", []),
-    "greedy": ("one mask by greedy search + LoRA", ["--static", "greedy"]),
     "loo": ("one mask by leave-one-out + LoRA", ["--static", "loo"]),
     "even": ("evenly spaced + LoRA", ["--static", "even"]),
     "random": ("random + LoRA", ["--static", "random"]),
@@ -92,7 +91,7 @@ def run(name: str, options: list[str], args: argparse.Namespace) -> dict[str, An
             shutil.rmtree(work, ignore_errors=True)
     convert(args.model, first=recipe, outfile=gguf, outtype="q8_0", force=True)
     config = json.loads((recipe / "first_config.json").read_text(encoding="utf-8"))
-    generate = args.generate == "all" or name.split("-")[0] in ("dense", "first", "greedy", "loo")
+    generate = args.generate == "all" or name.split("-")[0] in ("dense", "first", "loo")
     result = {
         "name": name,
         "seed": args.seed,
@@ -107,7 +106,7 @@ def run(name: str, options: list[str], args: argparse.Namespace) -> dict[str, An
     return result
 
 
-def statistics(result: dict[str, Any], weights: dict[str, str]) -> dict[str, Statistic]:
+def statistics(result: dict[str, Any], metrics: dict[str, str]) -> dict[str, Statistic]:
     """Scores of one system: "TASK NAME" by task, and "ce" as the mean of the tasks' cross-entropies."""
     found: dict[str, Statistic] = {}
     rows = []
@@ -115,9 +114,9 @@ def statistics(result: dict[str, Any], weights: dict[str, str]) -> dict[str, Sta
         ce = np.array(parts["ce"], np.float64)
         found[f"{task} ce"] = Statistic(ce)
         rows.append(ce)
-        if weights.get(task) == "bleu" and "bleu" in parts:
+        if metrics.get(task) == "bleu" and "bleu" in parts:
             found[f"{task} bleu"] = Statistic(np.array(parts["bleu"], np.float64), bleu(["x"], [["x"]]).score)
-        if weights.get(task) == "rougeL" and "rougeL" in parts:
+        if metrics.get(task) == "rougeL" and "rougeL" in parts:
             found[f"{task} rougeL"] = mean(parts["rougeL"])
     blocks = np.zeros((sum(map(len, rows)), 2 * len(rows)))
     at = 0
@@ -164,7 +163,7 @@ def table(folder: Path, titles: dict[str, str]) -> str:
             for name in [n for n in ("base", "dense-lora") if n in shown] + names_here:
                 parts = results[name]["tasks"].values()
                 skipped = [tuple(row) for part in parts for row in part["skipped"]]
-                depth = len(results[name]["training"]["held_back"].get("modal_masks", {"": "#" * 30}).popitem()[1])
+                depth = len(next(iter(results[name]["training"]["held_back"]["modal_masks"].values())))
                 share = np.mean([len(row) for row in skipped]) / depth
                 cells = [cell(name, c, against, 3 if c.endswith("ce") else 1) for c in columns]
                 row = [titles[name], f"{share:.1%}", str(len(set(skipped))), *cells]
@@ -175,7 +174,7 @@ def table(folder: Path, titles: dict[str, str]) -> str:
         f"Test examples of each task: the first {any_result['limit']} for cross-entropy,",
         f"{any_result['answers']} for BLEU and ROUGE-L. {any_result['steps']} optimizer steps of 9 examples for every",
         f"LoRA, seed {any_result['seed']}, q8_0, scored in the runtime. In brackets the",
-        "difference to FiRST + LoRA with its 95% interval (paired bootstrap); where it leaves out 0, one is better.",
+        "difference to FiRST + LoRA with its 95% interval (paired bootstrap over examples); without 0 in it, one is better.",
         "Cross-entropy in nats per token of the first reference: lower is better. Written by `examples/baselines.py`",
         "from `docs/results/baselines/*.json`.",
     ]
