@@ -174,7 +174,7 @@ def table(folder: Path, titles: dict[str, str]) -> str:
         f"Test examples of each task: the first {any_result['limit']} for cross-entropy,",
         f"{any_result['answers']} for BLEU and ROUGE-L. {any_result['steps']} optimizer steps of 9 examples for every",
         f"LoRA, seed {any_result['seed']}, q8_0, scored in the runtime. In brackets the",
-        "difference to FiRST + LoRA with its 95% interval (paired bootstrap over examples); without 0 in it, one is better.",
+        "difference to FiRST + LoRA with its 95% interval (paired bootstrap over examples).",
         "Cross-entropy in nats per token of the first reference: lower is better. Written by `examples/baselines.py`",
         "from `docs/results/baselines/*.json`.",
     ]
