@@ -1,4 +1,4 @@
-"""Completions from a FirstLlama, whole or streamed.
+"""Completions from a FirstLlama, whole or streamed, and log-probabilities in OpenAI's forms.
 
 llama_cpp.Llama's own streaming loses what follows an invalid byte, can run past max_tokens in the middle of a
 character, and cuts at the first stop string of the list instead of the first in the text; here one loop makes both
@@ -9,64 +9,119 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyfirst import native  # noqa: F401  points llama_cpp at our library
 from pyfirst.errors import InputError
 from pyfirst.text import TextStream
+
+import llama_cpp  # isort: skip
 
 if TYPE_CHECKING:
     from pyfirst.llama import FirstLlama
 
 
-class _Logprobs:
+@dataclass
+class TokenLogprob:
+    """A token of an answer and what else was likely there.
+
+    Attributes:
+        piece: the token's bytes.
+        offset: character of the text where it begins.
+        logprob: natural logarithm of its probability before any sampling; None where nothing came before it.
+        top: (bytes, logprob) of the likeliest tokens, the best first.
+    """
+
+    piece: bytes
+    offset: int
+    logprob: float | None
+    top: list[tuple[bytes, float]]
+
+    @property
+    def text(self) -> str:
+        return _text(self.piece)
+
+
+def _text(piece: bytes) -> str:
+    return piece.decode("utf-8", "ignore")
+
+
+class Logprobs:
     """Log-probabilities of tokens, let go once the text of their token is shown.
 
     Args:
-        llm: for token texts.
         top: how many of the likeliest tokens to report beside the one that came.
+        piece: bytes of a token.
     """
 
-    def __init__(self, llm: FirstLlama, top: int):
+    def __init__(self, top: int, piece: Callable[[int], bytes]):
         if top < 0:
             raise InputError(f"logprobs is {top}, expected 0 or more")
-        self.llm, self.top = llm, top
-        self._entries: list[tuple[int, str, float | None, dict[str, float] | None]] = []
-
-    def _text(self, token: int) -> str:
-        return self.llm.detokenize([token]).decode("utf-8", "ignore")
+        self.top, self.piece = top, piece
+        self.entries: list[TokenLogprob] = []
 
     def add(self, token: int, offset: int, logits: np.ndarray | None) -> None:
         """A token whose text begins at character ``offset``; logits [n_vocab] are None where nothing came before."""
         if logits is None:
-            self._entries.append((offset, self._text(token), None, None))
+            self.entries.append(TokenLogprob(self.piece(token), offset, None, []))
             return
-        values = self.llm.logits_to_logprobs(logits)
-        best = np.argsort(-values, kind="stable")[: self.top]
-        top = {self._text(int(i)): float(values[i]) for i in best[::-1]}
-        top[self._text(token)] = float(values[token])
-        self._entries.append((offset, self._text(token), float(values[token]), top))
+        values = llama_cpp.Llama.logits_to_logprobs(logits)
+        best = np.argsort(-values, kind="stable")[: self.top].tolist() if self.top else []
+        top = [(self.piece(i), float(values[i])) for i in best]
+        self.entries.append(TokenLogprob(self.piece(token), offset, float(values[token]), top))
 
-    def prepend(self, tokens: list[int]) -> None:
-        """The prompt's tokens, without BOS as in its text; the first has nothing to be compared with."""
-        later, self._entries = self._entries, []
-        first, offset = int(tokens[0] == self.llm.token_bos()), 0
-        for i in range(first, len(tokens)):
-            self.add(tokens[i], offset, self.llm.logits_of(i - 1) if i > first else None)
-            text = self.llm.detokenize(tokens[first : i + 1]).decode("utf-8", "ignore")
-            offset = len(text)
-        self._entries += later
+    def take(self, n_shown: int | None = None) -> list[TokenLogprob]:
+        """Entries of tokens whose text begins before character ``n_shown``, or all."""
+        n = sum(n_shown is None or entry.offset < n_shown for entry in self.entries)
+        taken, self.entries = self.entries[:n], self.entries[n:]
+        return taken
 
-    def take(self, n_shown: int | None = None) -> dict[str, list] | None:
-        """Entries of tokens whose text begins before character ``n_shown``, or all; None if there are none."""
-        n = sum(n_shown is None or entry[0] < n_shown for entry in self._entries)
-        taken, self._entries = self._entries[:n], self._entries[n:]
-        if not taken:
-            return None
-        names = ("text_offset", "tokens", "token_logprobs", "top_logprobs")
-        return {name: list(column) for name, column in zip(names, zip(*taken, strict=True), strict=True)}
+
+def completion_logprobs(entries: Sequence[TokenLogprob], start: int = 0) -> dict[str, list] | None:
+    """OpenAI's form for /v1/completions, None if there are none; ``start`` is added to the offsets."""
+    if not entries:
+        return None
+    return {
+        "text_offset": [start + entry.offset for entry in entries],
+        "tokens": [entry.text for entry in entries],
+        "token_logprobs": [entry.logprob for entry in entries],
+        "top_logprobs": [
+            None
+            if entry.logprob is None
+            else {**{_text(piece): value for piece, value in reversed(entry.top)}, entry.text: entry.logprob}
+            for entry in entries
+        ],
+    }
+
+
+def chat_logprobs(entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+    """OpenAI's form for /v1/chat/completions, None if there are none."""
+    if not entries:
+        return None
+
+    def one(piece: bytes, value: float | None) -> dict[str, Any]:
+        return {"token": _text(piece), "logprob": value, "bytes": list(piece)}
+
+    return {
+        "content": [
+            {**one(entry.piece, entry.logprob), "top_logprobs": [one(*best) for best in entry.top]} for entry in entries
+        ],
+        "refusal": None,
+    }
+
+
+def _score_prompt(llm: FirstLlama, scored: Logprobs, tokens: list[int]) -> None:
+    """Put the prompt's tokens first, without BOS as in its text; the first has nothing to be compared with."""
+    later, scored.entries = scored.entries, []
+    first, offset = int(tokens[0] == llm.token_bos()), 0
+    for i in range(first, len(tokens)):
+        scored.add(tokens[i], offset, llm.logits_of(i - 1) if i > first else None)
+        offset = len(_text(llm.detokenize(tokens[first : i + 1])))
+    scored.entries += later
 
 
 def _pieces(
@@ -76,7 +131,7 @@ def _pieces(
     generated: list[int],
     max_tokens: int,
     text: TextStream,
-    scored: _Logprobs | None,
+    scored: Logprobs | None,
     start: int,
 ) -> Iterator[tuple[str, str | None]]:
     """(text to show, None or the reason to finish) for each step; what came is appended to ``generated``."""
@@ -130,10 +185,10 @@ def complete(
         "model": model,
     }
     text = TextStream(stop)
-    scored = None if logprobs is None else _Logprobs(llm, logprobs)
+    scored = None if logprobs is None else Logprobs(logprobs, lambda token: llm.detokenize([token]))
     if scored is not None and echo and not llm._logits_all:
         raise InputError("logprobs of the prompt (echo) need a model opened with logits_all=True")
-    asked = prompt if isinstance(prompt, str) else llm.detokenize(list(prompt)).decode("utf-8", "ignore")
+    asked = prompt if isinstance(prompt, str) else _text(llm.detokenize(list(prompt)))
 
     def chunk(shown: str, values: dict[str, list] | None, reason: str | None) -> dict[str, Any]:
         return {**base, "choices": [{"text": shown, "index": 0, "logprobs": values, "finish_reason": reason}]}
@@ -147,10 +202,10 @@ def complete(
         if echo and not parts:
             shown = asked + shown
             if scored is not None:
-                scored.prepend(tokens)
+                _score_prompt(llm, scored, tokens)
         if scored is not None:
             whole = reason is not None and text.n_shown == text.n_read
-            values = scored.take(None if whole else len(asked) + text.n_shown)
+            values = completion_logprobs(scored.take(None if whole else len(asked) + text.n_shown))
         parts.append(shown)
         if stream and (shown or values):
             yield chunk(shown, values, None)

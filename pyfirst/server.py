@@ -11,20 +11,24 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import FastAPI, HTTPException
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from pyfirst.batch import FirstBatch, Request, Update, first_options
 from pyfirst.chat import ChatTemplate
+from pyfirst.completion import TokenLogprob, chat_logprobs, completion_logprobs
 from pyfirst.errors import InputError
 from pyfirst.llama import Routing
+
+# The likeliest tokens that a request may ask for at each place, as at OpenAI.
+MAX_LOGPROBS = 20
 
 
 class Common(BaseModel):
@@ -44,7 +48,7 @@ class Common(BaseModel):
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: dict[str, Any] | None = None
-    n: Literal[1] = 1
+    n: int = Field(1, ge=1)
     user: str | None = None
     first: dict[str, Any] = {}
 
@@ -52,8 +56,9 @@ class Common(BaseModel):
 class CompletionRequest(Common):
     """POST /v1/completions."""
 
-    prompt: str | list[int]
+    prompt: str | list[int] | list[str] | list[list[int]]
     max_tokens: int = 16
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
 
 class ChatRequest(Common):
@@ -62,15 +67,22 @@ class ChatRequest(Common):
     messages: list[dict[str, Any]]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
 
 @dataclass
 class _Job:
-    """A request on its way through the engine; updates reach the event loop that waits for them."""
+    """A request on its way through the engine; updates reach the event loop that waits for them.
+
+    Attributes:
+        index: place among the choices of the answer, which share ``updates``.
+    """
 
     request: Request
+    index: int
     loop: asyncio.AbstractEventLoop
-    updates: asyncio.Queue[Update | BaseException]
+    updates: asyncio.Queue[tuple[_Job, Update | BaseException]]
     handle: int = -1
     routing: Routing | None = None
     n_generated: int = 0
@@ -78,7 +90,7 @@ class _Job:
 
     def put(self, item: Update | BaseException) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever waited
-            self.loop.call_soon_threadsafe(self.updates.put_nowait, item)
+            self.loop.call_soon_threadsafe(self.updates.put_nowait, (self, item))
 
 
 class Engine:
@@ -87,10 +99,13 @@ class Engine:
     Args:
         batch: closed with the engine.
         max_waiting: requests beyond this are refused.
+        step_seconds: how long a step should take at most, prompts are read in pieces accordingly: what comes in
+            meanwhile waits for its end, clients that hang up among them.
     """
 
-    def __init__(self, batch: FirstBatch, max_waiting: int = 64):
+    def __init__(self, batch: FirstBatch, max_waiting: int = 64, step_seconds: float = 0.5):
         self.batch = batch
+        batch.step_seconds = step_seconds
         self.max_waiting = max_waiting
         self.jobs: dict[int, _Job] = {}
         self.inbox: queue.Queue[tuple[str, _Job] | None] = queue.Queue()
@@ -100,13 +115,15 @@ class Engine:
         self.thread = threading.Thread(target=self._work, name="first-engine", daemon=True)
         self.thread.start()
 
-    def submit(self, request: Request) -> _Job:
-        """Queue a request from inside an event loop. Raises RuntimeError once the engine has been closed."""
+    def submit(self, requests: list[Request]) -> list[_Job]:
+        """Queue the parts of one answer, from inside an event loop. Raises RuntimeError once the engine is closed."""
         if self.closed:
             raise RuntimeError("the server is shutting down")
-        job = _Job(request, asyncio.get_running_loop(), asyncio.Queue())
-        self.inbox.put(("submit", job))
-        return job
+        loop, updates = asyncio.get_running_loop(), asyncio.Queue[tuple[_Job, Update | BaseException]]()
+        jobs = [_Job(request, i, loop, updates) for i, request in enumerate(requests)]
+        for job in jobs:
+            self.inbox.put(("submit", job))
+        return jobs
 
     def cancel(self, job: _Job) -> None:
         """Free the sequence of a request that nobody waits for; harmless when it has ended."""
@@ -261,38 +278,50 @@ def create_app(engine: Engine) -> FastAPI:
     async def our_fault(_: HttpRequest, error: RuntimeError) -> Response:
         return error_body(503 if engine.closed else 500, str(error))
 
-    def submit(tokens: list[int], max_tokens: int, body: Common) -> _Job:
-        request = Request(tokens, max_tokens=max_tokens, **_options(engine, body))
-        batch.check(request)
-        if engine.n_waiting >= engine.max_waiting:
+    def submit(prompts: list[list[int]], max_tokens: int, logprobs: int | None, body: Common) -> list[_Job]:
+        """n choices of each prompt; with a seed each has its own, the first the one that was asked for."""
+        count = len(prompts) * body.n
+        if count > engine.max_waiting:
+            raise InputError(
+                f"{len(prompts)} prompts with n={body.n} are {count} answers, at most {engine.max_waiting}"
+            )
+        options = _options(engine, body)
+        requests = [Request(t, max_tokens=max_tokens, logprobs=logprobs, **options) for t in prompts]
+        for request in requests:
+            batch.check(request)
+        if engine.n_waiting + count > engine.max_waiting:
             raise HTTPException(503, f"{engine.n_waiting} requests are waiting already; try again later")
-        return engine.submit(request)
+        seeds = [None if body.seed is None else (body.seed + i) % (2**32 - 1) for i in range(body.n)]
+        return engine.submit([replace(request, seed=seed) for request in requests for seed in seeds])
 
-    async def updates(job: _Job) -> AsyncIterator[Update]:
-        """Updates until the last; however the reader ends, the sequence is freed."""
+    async def updates(jobs: list[_Job]) -> AsyncIterator[tuple[_Job, Update]]:
+        """Updates until the last of all; however the reader ends, the sequences are freed."""
+        left = len(jobs)
         try:
-            while True:
-                item = await job.updates.get()
+            while left:
+                job, item = await jobs[0].updates.get()
                 if isinstance(item, BaseException):
                     raise item
-                yield item
-                if item.finish_reason:
-                    return
+                left -= item.finish_reason is not None
+                yield job, item
         finally:
-            engine.cancel(job)
+            for job in jobs:
+                engine.cancel(job)
 
-    async def whole(http: HttpRequest, job: _Job) -> tuple[str, str, int]:
-        """(text, finish_reason, tokens); a client that hangs up ends the work."""
+    async def whole(http: HttpRequest, jobs: list[_Job]) -> list[tuple[str, list[TokenLogprob], str]]:
+        """(text, log-probabilities, finish_reason) of each; a client that hangs up ends the work."""
 
-        async def collect() -> tuple[str, str, int]:
-            text, reason, n = "", "", 0
-            async for update in updates(job):
-                text, reason, n = text + update.text, update.finish_reason or "", update.n_generated
-            return text, reason, n
+        async def collect() -> list[tuple[str, list[TokenLogprob], str]]:
+            texts, scored, reasons = [""] * len(jobs), [list[TokenLogprob]() for _ in jobs], [""] * len(jobs)
+            async for job, update in updates(jobs):
+                texts[job.index] += update.text
+                scored[job.index] += update.logprobs
+                reasons[job.index] = update.finish_reason or ""
+            return list(zip(texts, scored, reasons, strict=True))
 
         async def gone() -> None:
-            while not await http.is_disconnected():
-                await asyncio.sleep(0.2)
+            while (await http.receive())["type"] != "http.disconnect":
+                pass
 
         tasks = [asyncio.ensure_future(collect()), asyncio.ensure_future(gone())]
         try:
@@ -304,11 +333,15 @@ def create_app(engine: Engine) -> FastAPI:
             for task in tasks:
                 task.cancel()
 
-    def usage(job: _Job, n: int) -> dict[str, int]:
-        prompt = len(job.request.tokens)
-        return {"prompt_tokens": prompt, "completion_tokens": n, "total_tokens": prompt + n}
+    def usage(jobs: list[_Job], n: int) -> dict[str, int]:
+        """The choices of a prompt share its tokens."""
+        prompt = sum(len(job.request.tokens) for job in jobs[::n])
+        generated = sum(job.n_generated for job in jobs)
+        return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
-    async def respond(http: HttpRequest, body: Common, job: _Job, chat: bool) -> Response:
+    async def respond(http: HttpRequest, body: Common, jobs: list[_Job], starts: list[int] | None) -> Response:
+        """``starts``: character where each prompt's answer begins, None for a chat."""
+        chat, several = starts is None, len(jobs) > body.n
         kind = "chat.completion" if chat else "text_completion"
         base = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4()}",
@@ -316,35 +349,41 @@ def create_app(engine: Engine) -> FastAPI:
             "model": body.model or name,
         }
 
-        def choice(text: str, reason: str | None, delta: bool) -> dict[str, Any]:
-            content: dict[str, Any] = {"text": text}
-            if chat:
-                content = {"delta" if delta else "message": {"role": "assistant", "content": text}}
-            return {"index": 0, **content, "logprobs": None, "finish_reason": reason}
+        def report(job: _Job) -> dict[str, Any]:
+            assert job.routing is not None
+            return {"first": job.routing.report()}
+
+        def choice(job: _Job, text: str, scored: list[TokenLogprob], reason: str | None, delta: bool) -> dict[str, Any]:
+            if starts is None:
+                content: dict[str, Any] = {"delta" if delta else "message": {"role": "assistant", "content": text}}
+                logprobs = chat_logprobs(scored)
+            else:
+                content = {"text": text}
+                logprobs = completion_logprobs(scored, starts[job.index // body.n])
+            # Prompts decide for themselves; the choices of one share what it decided.
+            first = report(job) if several else {}
+            return {"index": job.index, **content, "logprobs": logprobs, "finish_reason": reason, **first}
 
         if not body.stream:
-            text, reason, n = await whole(http, job)
-            assert job.routing is not None
-            answer = {**base, "object": kind, "choices": [choice(text, reason, False)], "usage": usage(job, n)}
-            return JSONResponse({**answer, "first": job.routing.report()})
+            found = await whole(http, jobs)
+            choices = [choice(job, *values, False) for job, values in zip(jobs, found, strict=True)]
+            first = {} if several else report(jobs[0])
+            return JSONResponse({**base, "object": kind, "choices": choices, "usage": usage(jobs, body.n), **first})
 
         async def events() -> AsyncIterator[str]:
-            n = 0
             try:
-                async for update in updates(job):
-                    n = update.n_generated
-                    assert job.routing is not None
+                async for job, update in updates(jobs):
                     chunk = {
                         **base,
                         "object": kind + (".chunk" if chat else ""),
-                        "choices": [choice(update.text, update.finish_reason, True)],
-                        "first": job.routing.report(),
+                        "choices": [choice(job, update.text, update.logprobs, update.finish_reason, True)],
+                        **({} if several else report(job)),
                     }
                     yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
                     await asyncio.sleep(0)  # lets the loop notice a client that has hung up
                 if (body.stream_options or {}).get("include_usage"):
-                    last = {**base, "object": kind + (".chunk" if chat else ""), "choices": [], "usage": usage(job, n)}
-                    yield f"data: {json.dumps(last)}\n\n"
+                    last = {"object": kind + (".chunk" if chat else ""), "choices": [], "usage": usage(jobs, body.n)}
+                    yield f"data: {json.dumps({**base, **last})}\n\n"
                 yield "data: [DONE]\n\n"
             except RuntimeError as error:
                 yield f"data: {json.dumps({'error': {'message': str(error), 'type': 'server_error'}})}\n\n"
@@ -353,19 +392,28 @@ def create_app(engine: Engine) -> FastAPI:
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
-        tokens = batch.tokenize(body.prompt) if isinstance(body.prompt, str) else body.prompt
-        if not body.prompt:
+        single = isinstance(body.prompt, str) or (body.prompt and isinstance(body.prompt[0], int))
+        prompts: list[Any] = [body.prompt] if single else list(body.prompt)
+        if not all(prompts) or not prompts:
             raise InputError("the prompt is empty: at least one token must decide")
-        return await respond(http, body, submit(tokens, body.max_tokens, body), chat=False)
+        tokens = [batch.tokenize(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        jobs = submit(tokens, body.max_tokens, body.logprobs, body)
+        starts = [0] * len(prompts)
+        if body.logprobs is not None:
+            starts = [len(p if isinstance(p, str) else batch.text(p)) for p in prompts]
+        return await respond(http, body, jobs, starts)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, http: HttpRequest) -> Response:
         if template is None:
             raise InputError(template_error)
+        if body.top_logprobs is not None and not body.logprobs:
+            raise InputError("top_logprobs needs logprobs: true")
         tokens = batch.tokenize(template.render(body.messages), add_bos=False)
         given = (body.max_completion_tokens, body.max_tokens, batch.n_ctx)
         limit = next(n for n in given if n is not None)
-        return await respond(http, body, submit(tokens, limit, body), chat=True)
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        return await respond(http, body, submit([tokens], limit, logprobs, body), None)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -296,6 +297,74 @@ def test_a_seed_gives_the_same_text_anywhere(files):
         free = batch.generate([prompt] * 4, max_tokens=16, temperature=1.0)
     assert first[0]["choices"][0]["text"] == last[3]["choices"][0]["text"]
     assert len(set(texts(free))) > 1
+
+
+def test_logprobs_are_torchs_whoever_is_beside(files):
+    """Streamed, whole, with a stop string; a prompt beside that wants none gets none."""
+    folder, _, path = files["full"]
+    net = tiny.load(folder)
+    prompts, masks = [tiny.prompt(6 + 5 * i, i) for i in range(3)], [[1, 0, 1, 1], [1, 1, 0, 1], [1, 1, 1, 1]]
+    with FirstBatch(path, **F32) as batch:
+        arguments = {"max_tokens": 10, "masks": masks, "temperature": 0.0, "logprobs": [3, 0, None]}
+        results = batch.generate(prompts, **arguments)
+        found = [result["choices"][0]["logprobs"] for result in results]
+        streamed: list[list] = [[], [], []]
+        for i, chunk in batch.generate(prompts, stream=True, **arguments):
+            streamed[i] += (chunk["choices"][0]["logprobs"] or {}).get("token_logprobs", [])
+        assert found[2] is None and streamed[2] == []
+        for i in (0, 1):
+            n = results[i]["usage"]["completion_tokens"]
+            ids: list[int] = []
+            for k in range(n):
+                logits = tiny.gold(net, np.array(masks[i], bool), prompts[i], ids, "full")[-1]
+                values = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+                ids.append(int(values.argmax()))
+                assert abs(found[i]["token_logprobs"][k] - values.max()) < 1e-3
+                best = found[i]["top_logprobs"][k]
+                assert min(best.values()) >= np.sort(values)[-3] - 1e-3 and 1 <= len(best) <= (3 if i == 0 else 1)
+            assert len(found[i]["tokens"]) == n and streamed[i] == pytest.approx(found[i]["token_logprobs"], abs=1e-4)
+        text = texts(results)[0]
+        stopped = batch.generate([prompts[0]], **{**arguments, "masks": masks[:1], "logprobs": 1, "stop": text[4:7]})[0]
+        assert "".join(stopped["choices"][0]["logprobs"]["tokens"]).startswith(text[: text.index(text[4:7])])
+        with pytest.raises(InputError, match="logprobs is -1"):
+            batch.generate([prompts[0]], logprobs=-1)
+
+
+@pytest.mark.parametrize("prefill", ["full", "skip"])
+def test_steps_that_must_be_short_change_no_answer(prefill, files, monkeypatch):
+    """A step takes 5 ms per token here: prompts come in pieces of a tenth of a second."""
+    path = files[prefill][2]
+    prompts = [tiny.prompt(100 + 20 * i, i) for i in range(3)]
+    alone = [solo(path, prompt, 8) for prompt in prompts]
+    decode, sizes = FirstBatch._decode, []
+
+    def slow(self):
+        sizes.append(self._batch.n_tokens)
+        time.sleep(0.005 * self._batch.n_tokens)
+        decode(self)
+
+    monkeypatch.setattr(FirstBatch, "_decode", slow)
+    with FirstBatch(path, n_parallel=3, **F32) as batch:
+        batch.step_seconds = 0.1
+        assert answers(batch.generate(prompts, max_tokens=8, temperature=0.0)) == alone
+    # What decides in "skip" is read at once.
+    assert max(sizes) <= 25 if prefill == "full" else sorted(sizes)[-3:] == [100, 120, 140]
+
+
+@pytest.mark.parametrize("kv_unified", [False, True])
+def test_flash_attention_gives_each_sequence_what_it_gives_alone(kv_unified, files):
+    """In float16, so answers may differ from those without it, but not from those of one sequence."""
+    path = files["full"][2]
+    prompts = [tiny.prompt(9 + 5 * i, i) for i in range(4)]
+    kwargs = {"max_tokens": 12, "temperature": 0.0, "logprobs": 0}
+    with FirstBatch(path, n_parallel=1, flash_attn=True) as batch:
+        alone = [batch.generate([p], masks=[m], **kwargs)[0] for p, m in zip(prompts, MASKS, strict=True)]
+    with FirstBatch(path, n_parallel=4, kv_unified=kv_unified, flash_attn=True) as batch:
+        found = batch.generate(prompts, masks=MASKS, **kwargs)
+    for one, other in zip(found, alone, strict=True):
+        one, other = one["choices"][0], other["choices"][0]
+        assert one["text"] == other["text"]
+        assert one["logprobs"]["token_logprobs"] == pytest.approx(other["logprobs"]["token_logprobs"], abs=5e-3)
 
 
 def test_abandoned_streams_and_cancelled_requests_free_their_places(files):
