@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 CONSTRAINTS := constraints.txt
-SOURCES := $(shell git ls-files pyfirst converter patches CMakeLists.txt pyproject.toml 2>/dev/null)
+SOURCES := $(shell git ls-files pyfirst converter patches native CMakeLists.txt pyproject.toml 2>/dev/null)
 
 .PHONY: demo test lint clean system arm test-arm test-arm-tools wheels
 

@@ -90,7 +90,7 @@ def refresh(version: str, out: Path, write: bool = False) -> int:
     out.mkdir(parents=True, exist_ok=True)
     cache = out / "sdists"
     cache.mkdir(exist_ok=True)
-    for name in ("base", "patched", "before", "llama.cpp"):
+    for name in ("base", "patched", "before", "check", "llama.cpp"):
         shutil.rmtree(out / name, ignore_errors=True)
     pinned, archive = prepare.download(cache), fetch(version, cache)
     base, other = unpack(pinned, out / "base"), unpack(archive, out / "llama.cpp")

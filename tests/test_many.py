@@ -51,6 +51,7 @@ def answers(text: str) -> list[dict]:
 def test_each_line_is_answered_as_alone_and_in_order(model, tmp_path, capfd):
     rows: list = [{"prompt": prompt, "max_tokens": 3 + 5 * (i % 4)} for i, prompt in enumerate(PROMPTS)]
     rows[3] = PROMPTS[3]
+    rows[4] |= {"references": ["as in a file for first-eval"], "task": "any"}
     file = write(tmp_path / "p.jsonl", rows)
     arguments = ["-m", model, "-f", str(file), "--parallel", "4", "--json", "-n", "9", "--temp", "0.9", "--seed", "40"]
     assert main(arguments) == 0

@@ -25,7 +25,7 @@ _NUMBERS = ("temperature", "top_p", "min_p", "repeat_penalty", "frequency_penalt
 _INTEGERS = ("max_tokens", "top_k", "seed")
 FIELDS = ("prompt", "messages", "id", "stop", "first", *_INTEGERS, *_NUMBERS)
 # What training data holds beside the prompt.
-IGNORED = ("response", "task")
+IGNORED = ("response", "references", "task")
 
 
 def read_line(raw: bytes) -> dict[str, Any]:
