@@ -20,8 +20,7 @@ from demo import decode_speed
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from first_convert.convert import convert
-from pyfirst.cli.bench import machine
-from pyfirst.cpu import usable_cpus
+from pyfirst.cpu import machine, usable_cpus
 from pyfirst.evaluation import Scorer, evaluate
 from pyfirst.tasks import read_examples
 

@@ -1,4 +1,4 @@
-"""The processor: how many threads to use, and whether it has the instructions that the library was compiled for.
+"""The machine: what it is, how many threads to use, whether its processor has what the library was compiled for.
 
 Nothing of the library is imported here: without those instructions it dies of SIGILL.
 """
@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 SYSFS = Path("/sys/devices/system/cpu")
 CGROUPS = Path("/sys/fs/cgroup")
@@ -96,3 +98,37 @@ def usable_cpus(root: Path | None = None, own: Path | None = None, sysfs: Path |
     count = os.cpu_count() or 1
     cpus: Iterable[int] = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(count)
     return max(1, int(min([_cores(cpus, sysfs or SYSFS), *_quotas(root, own)])))
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What the numbers were measured on; None for what the system does not tell."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("model name", "Model\t")):
+                cpu = line.partition(":")[2].strip()
+                break
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    governors = _sensor("devices/system/cpu/cpu[0-9]*/cpufreq/scaling_governor")
+    degrees = [
+        int(value) / 1000 for value in _sensor("class/thermal/thermal_zone*/temp") if value.lstrip("-").isdigit()
+    ]
+    return {
+        "cpu": cpu,
+        "cpus": usable_cpus(),
+        "threads": threads,
+        "load_average": load,
+        "governor": ", ".join(sorted(set(governors))) or None,
+        "temperature_c": max(degrees, default=None),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+def _sensor(pattern: str) -> list[str]:
+    """What the files below /sys that match say, without those that cannot be read."""
+    found = []
+    for path in sorted(Path("/sys").glob(pattern)):
+        with contextlib.suppress(OSError):
+            found.append(path.read_text().strip())
+    return found

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from pyfirst.chat import ChatTemplate
-from pyfirst.cli.bench import machine
+from pyfirst.cpu import machine
 from pyfirst.errors import InputError
 from pyfirst.info import info
 from pyfirst.layers import evenly

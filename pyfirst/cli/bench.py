@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from pyfirst import plots, predict
 from pyfirst.cli import bench_files, common
+from pyfirst.cpu import machine
 from pyfirst.errors import InputError
 from pyfirst.layers import evenly
 
@@ -110,42 +110,6 @@ def parse_lengths(lengths: str | int) -> list[int]:
     if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
         raise InputError(f"--prompt-length is '{lengths}', expected numbers of at least 1, such as 64,256")
     return sorted({int(part) for part in parts})
-
-
-def _sensor(pattern: str) -> list[str]:
-    """What the files below /sys that match say, without those that cannot be read."""
-    found = []
-    for path in sorted(Path("/sys").glob(pattern)):
-        with contextlib.suppress(OSError):
-            found.append(path.read_text().strip())
-    return found
-
-
-def machine(threads: int) -> dict[str, Any]:
-    """What the numbers were measured on; None for what the system does not tell."""
-    from pyfirst.cpu import usable_cpus
-
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("model name", "Model\t")):
-                cpu = line.partition(":")[2].strip()
-                break
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    governors = _sensor("devices/system/cpu/cpu[0-9]*/cpufreq/scaling_governor")
-    degrees = [
-        int(value) / 1000 for value in _sensor("class/thermal/thermal_zone*/temp") if value.lstrip("-").isdigit()
-    ]
-    return {
-        "cpu": cpu,
-        "cpus": usable_cpus(),
-        "threads": threads,
-        "load_average": load,
-        "governor": ", ".join(sorted(set(governors))) or None,
-        "temperature_c": max(degrees, default=None),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-    }
 
 
 class Worker:
