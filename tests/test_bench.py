@@ -163,10 +163,9 @@ SMALL = {
 
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("kind", ["q4_0", "q8_0", "q4_K", "f16"])
-def test_synthetic_file_runs_and_has_the_type(name, kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_files, "SHAPES", SMALL)
+def test_synthetic_file_runs_and_has_the_type(name, kind, tmp_path):
     path = tmp_path / "made.gguf"
-    bench_files.write_synthetic(name, path, kind)
+    bench_files.write_synthetic(SMALL[name], path, kind)
     reader = gguf.GGUFReader(path)
     types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     assert types["blk.3.ffn_down.weight"] == kind.upper() and types["output_norm.weight"] == "F32"

@@ -26,9 +26,7 @@ def model(tmp_path_factory) -> Path:
     """Four layers and a large vocabulary, 8 MB, trained for 4096 tokens."""
     shape = bench_files.Shape("llama", 4, 256, 768, 8, 8, 64, 20000, 4096, 5e5, 1e-5)
     path = tmp_path_factory.mktemp("fit") / "model.gguf"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_files, "SHAPES", {"small": shape})
-        bench_files.write_synthetic("small", path, "q4_1")
+    bench_files.write_synthetic(shape, path, "q4_1")
     return path
 
 

@@ -31,9 +31,7 @@ def model(tmp_path_factory) -> Path:
     """Six layers of about 0.9 MB, in a type that llama.cpp uses as it is in the file."""
     shape = bench_files.Shape("llama", 6, 256, 768, 4, 2, 64, 300, 512, 5e5, 1e-5)
     path = tmp_path_factory.mktemp("memory") / "model.gguf"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_files, "SHAPES", {"small": shape})
-        bench_files.write_synthetic("small", path, "q4_1")
+    bench_files.write_synthetic(shape, path, "q4_1")
     return path
 
 

@@ -152,15 +152,17 @@ def _write_header(file: BinaryIO, pairs: Sequence[bytes], infos: Sequence[tuple[
     file.write(bytes(-file.tell() % _ALIGNMENT))
 
 
-def write_synthetic(name: str, out: str | os.PathLike[str], kind: str = "q4_0", seed: int = 0) -> None:
-    """Write a random model of a shape in SHAPES, its matrices of a type in KINDS.
+def write_synthetic(
+    shape: Shape, out: str | os.PathLike[str], kind: str = "q4_0", name: str = "synthetic", seed: int = 0
+) -> None:
+    """Write a random model of a shape, its matrices of a type in KINDS.
 
     As llama-quantize does, an embedding matrix that is the output too gets q6_K where ``kind`` is smaller. Rows are
     drawn from a pool that is quantised once, so that memory stays at some megabytes. Raises InputError.
     """
     from first_convert.ggufio import pack_entry
 
-    shape, lib = SHAPES[name], _functions()
+    lib = _functions()
     rng = np.random.default_rng(seed)
     pools: dict[tuple[str, int], np.ndarray] = {}
 
@@ -230,7 +232,7 @@ def synthetic(name: str, kind: str = "q4_0", keep: bool = False) -> Iterator[Pat
         return
     with folder() as temporary:
         made = temporary / kept.name
-        write_synthetic(name, made, kind)
+        write_synthetic(SHAPES[name], made, kind, name)
         yield made.replace(kept) if keep else made
 
 
