@@ -31,16 +31,21 @@ def parser(prog: str, description: str, example: str) -> argparse.ArgumentParser
     return result
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """-c, -t, --threshold and --prefill, which mean the same in every command that opens a model."""
+def add_model_options(parser: argparse.ArgumentParser, fits: bool = False) -> None:
+    """-c, -t, --threshold and --prefill, which mean the same in every command that opens a model.
+
+    With ``fits`` a context that was not asked for is as long as memory allows (fit.py), MAX_CTX at most.
+    """
     add = parser.add_argument
+    default = f"default: {MAX_CTX}{', less where memory is short' if fits else ''}"
+    more = "; also opens a file that seems too large for memory" if fits else ""
     add(
         "-c",
         "--ctx-size",
         type=int,
-        default=2048,
+        default=None if fits else MAX_CTX,
         metavar="N",
-        help="tokens of prompt and answer; never more than the model was trained for (default: 2048)",
+        help=f"tokens of prompt and answer; never more than the model was trained for ({default}){more}",
     )
     add("-t", "--threads", type=int, metavar="N", help="threads (default: the cores this process may use)")
     add("--threshold", type=float, metavar="T", help="keep layers scored T or more (default: the file's)")

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from pyfirst.cli import common
 from pyfirst.errors import InputError
-from pyfirst.metadata import PREFILL_MODES
 
 if TYPE_CHECKING:
     from pyfirst.cli.session import Session
@@ -46,15 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="tokens to generate, -1: no limit (default: 128)",
     )
-    add(
-        "-c",
-        "--ctx-size",
-        type=int,
-        metavar="N",
-        help="tokens of prompt and answer; never more than the model was trained for (default: 2048, less where "
-        "memory is short); also opens a file that seems too large for memory",
-    )
-    add("-t", "--threads", type=int, metavar="N", help="threads (default: the cores this process may use)")
+    common.add_model_options(parser, fits=True)
     add("--temp", type=float, default=0.8, help="sampling temperature, 0: the likeliest token (default: 0.8)")
     add("--seed", type=int, metavar="N", help="seed of the sampling, -1: random (default: random)")
     add(
@@ -63,10 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="use the model's chat template; without -p and -f each line of input is a message, until Ctrl-D",
     )
     add("--dense", action="store_true", help="skip no layer")
-    add("--threshold", type=float, metavar="T", help="keep layers scored T or more (default: the file's)")
     add("--skip", metavar="SHARE", help="skip this share of the layers on average, such as 20%% or 0.2")
     add("--skip-layers", metavar="LIST", help="skip exactly these layers, such as 3,5,7; the first is 0")
-    add("--prefill", choices=PREFILL_MODES, help="skip: the prompt skips too (default: the file's, or full)")
     add("--json", action="store_true", help="print one JSON object instead of streaming the text")
     add("--parallel", type=int, metavar="N", help="answer the lines of -f, N at a time; needs --json, a line for each")
     add("-o", "--outfile", metavar="FILE", help="with --parallel: write here; what it answers already is not repeated")
