@@ -184,6 +184,7 @@ def test_the_papers_objective_and_bf16(folder, data, tmp_path):
     [
         ("--router-lr", "1e-1", "--target-skip", "0.5"),
         ("--target-skip", "0"),
+        ("--target-skip", "0", "--static", "loo"),
         ("--bf16", "--router-norm", "none"),
     ],
 )

@@ -275,6 +275,8 @@ def train(args: argparse.Namespace) -> Path:
 
     def order() -> torch.Tensor:
         """The layers to leave out, the first first: half as many again as the target asks of one mask."""
+        if not removals:
+            return torch.empty(0, dtype=torch.long)
 
         def find() -> dict[str, torch.Tensor]:
             some = sample()
@@ -289,10 +291,10 @@ def train(args: argparse.Namespace) -> Path:
             masks, curves = settle(model, sample(), tasks, ladder, total, args.batch_size, report.say)
             targets = targets_of(order(), curves, masks)
         else:
-            if not removals or args.static not in (None, "loo"):
-                mask = static_mask(args.static or "even", model.protected, removals, args.seed)
-            else:
+            if args.static in (None, "loo"):
                 mask = nested(order(), count)[removals]
+            else:
+                mask = static_mask(args.static, model.protected, removals, args.seed)
             masks = mask.expand(len(tasks), -1).clone()
             targets = torch.where(masks, SPREAD, -SPREAD)
         for task, row in zip(tasks, masks.tolist(), strict=True):
