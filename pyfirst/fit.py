@@ -3,7 +3,8 @@
 What is counted, an upper bound::
 
     weights  all tensors once: those that llama.cpp rearranges are copied, the others are pages of the mapped file
-    cache    n_seq * n_ctx tokens of keys and values in all layers, sliding windows in full
+    cache    n_seq * n_ctx tokens of keys and values in all layers; layers with a sliding window keep as many tokens,
+             unless a Llama is asked for swa_full=False
     compute  n_ubatch * 4 * (max(n_vocab + 2E, heads * n_ctx + 6E, 3F + 4E) + 2 * n_ctx + 5E)
              E, F: width and feed-forward width; its three parts: logits, attention, feed-forward
     other    30 MB, and 200 for each token of the vocabulary
@@ -168,7 +169,7 @@ class Estimate:
         in_parts = bool(header.get("split.count", 0))
         self._weights = self._file if in_parts else sum(kinds.values())
         self._copied = self._file if in_parts else sum(size for kind, size in kinds.items() if kind in _COPIED)
-        self._token = sum(kv_bytes(header, 1, 1)) * item * n_seq
+        self._token = sum(kv_bytes(header, 1, 1, reserved=True)) * item * n_seq
         self._heads, self._width = most("attention.head_count"), most("embedding_length")
         used = most("expert_feed_forward_length") * most("expert_used_count")
         self._forward = max(most("feed_forward_length"), used)

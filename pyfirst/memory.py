@@ -157,20 +157,31 @@ def layers_resident(spans: Sequence[Sequence[tuple[int, int]]], present: np.ndar
     return shares
 
 
-def kv_bytes(header: Header, n_ctx: int, item: int = 2) -> list[int]:
-    """Bytes of each layer's keys and values for ``n_ctx`` tokens of ``item`` bytes a value (2: float16)."""
+def kv_bytes(header: Header, n_ctx: int, item: int = 2, *, reserved: bool = False) -> list[int]:
+    """Bytes of each layer's keys and values for ``n_ctx`` tokens of ``item`` bytes a value (2: float16).
+
+    ``reserved``: what llama.cpp sets aside without flash attention, where values are as wide as in the widest layer.
+    Raises InputError where a key holds values for another number of layers.
+    """
     name = header.get("general.architecture")
     n_layer, width = header.get(f"{name}.block_count", 0), header.get(f"{name}.embedding_length", 0)
 
     def each(key: str, default: Any) -> list[int]:
         value = header.get(f"{name}.attention.{key}", default)
-        return value if isinstance(value, list) else [value] * n_layer
+        if not isinstance(value, list):
+            return [value] * n_layer
+        if len(value) != n_layer:
+            raise InputError(f"the key '{name}.attention.{key}' holds {len(value)} values for {n_layer} layers")
+        return value
 
     heads = each("head_count", 1)
     heads_kv = each("head_count_kv", heads)
     size = width // max(heads[0], 1) if heads else 0
-    lengths = zip(each("key_length", size), each("value_length", size), heads_kv, strict=True)
-    return [(k + v) * n * n_ctx * item for k, v, n in lengths]
+    keys = [length * n for length, n in zip(each("key_length", size), heads_kv, strict=True)]
+    values = [length * n for length, n in zip(each("value_length", size), heads_kv, strict=True)]
+    if reserved:
+        values = [max(values) if width else 0 for width in values]
+    return [(k + v) * n_ctx * item for k, v in zip(keys, values, strict=True)]
 
 
 def compare(

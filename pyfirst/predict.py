@@ -13,13 +13,12 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from pyfirst import info
+from pyfirst import info, memory
 from pyfirst.errors import InputError
 
 # What all cores together read from memory, GB/s (1e9 bytes); assumed, not measured here.
 BOARDS = {"pi5": 10.0, "pi4": 4.0}
 _ROWS_ONLY = ("token_embd.weight", "position_embd.weight", "per_layer_token_embd.weight")
-_F16 = 2
 
 
 def parse_bandwidth(text: str) -> float:
@@ -35,11 +34,6 @@ def parse_bandwidth(text: str) -> float:
     return bandwidth
 
 
-def _of_layer(value: Any, layer: int) -> float:
-    """A key that holds one number for all layers, or one for each."""
-    return value[layer] if isinstance(value, list) else value
-
-
 def token_bytes(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What decoding one token reads, from the file's header.
 
@@ -53,17 +47,14 @@ def token_bytes(path: str | os.PathLike[str]) -> dict[str, Any]:
         def get(name: str, default: Any = None) -> Any:
             return header.get(f"{architecture}.{name}", default)
 
-        n_layer, width, heads = get("block_count"), get("embedding_length"), get("attention.head_count")
-        if not n_layer or not width or not heads:
+        n_layer = get("block_count")
+        if not n_layer or not get("embedding_length") or not get("attention.head_count"):
             raise InputError(f"{path}: not a language model with attention, nothing to predict for '{architecture}'")
         tensors = header.tensors()
-        heads_kv = get("attention.head_count_kv", heads)
-        if isinstance(heads_kv, list) and len(heads_kv) != n_layer:
-            raise InputError(
-                f"{path}: {architecture}.attention.head_count_kv holds {len(heads_kv)} of {n_layer} layers"
-            )
-        per_head = width // max(heads if isinstance(heads, list) else [heads])
-        key_value = get("attention.key_length", per_head) + get("attention.value_length", per_head)
+        try:
+            kv = memory.kv_bytes(header, 1)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
         experts = get("expert_used_count", 0) / max(get("expert_count", 0), 1)
     tied = not any(name == "output.weight" for name, _, _ in tensors)
     fixed, layers = 0.0, [0.0] * n_layer
@@ -73,11 +64,7 @@ def token_bytes(path: str | os.PathLike[str]) -> dict[str, Any]:
                 layers[layer] += size * experts if "_exps." in name else size
         elif name not in _ROWS_ONLY or (tied and name == "token_embd.weight"):
             fixed += size
-    return {
-        "fixed": fixed,
-        "layers": layers,
-        "kv": [_of_layer(heads_kv, layer) * key_value * _F16 for layer in range(n_layer)],
-    }
+    return {"fixed": fixed, "layers": layers, "kv": kv}
 
 
 def predict(

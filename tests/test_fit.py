@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import tiny
 
 from first_convert.convert import convert
-from pyfirst import FirstBatch, FirstLlama, fit
+from pyfirst import FirstBatch, FirstLlama, fit, predict
 from pyfirst.cli import bench_files
 from pyfirst.cli.run import main
 from pyfirst.errors import InputError
@@ -57,6 +58,43 @@ def test_estimates_hold_what_llama_cpp_says_it_takes(model, n_ctx, n_batch, capf
     assert need.cache == pytest.approx(took["KV"], rel=1e-3)
     assert took["compute"] <= need.compute <= 1.5 * took["compute"]
     assert need.weights == sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(model).tensors)
+
+
+def reserved(path: Path, n_ctx: int, capfd) -> float:
+    """Bytes of keys and values by llama.cpp's log."""
+    FirstLlama(path, n_ctx=n_ctx, n_threads=1, verbose=True).close()
+    sizes = re.findall(r"KV buffer size =\s*([\d.]+) MiB", capfd.readouterr().err)
+    return sum(float(size) for size in sizes) * 2**20
+
+
+def test_layers_with_a_sliding_window_keep_the_whole_context(tiny_model, capfd):
+    need = fit.plan(tiny_model("gemma3")[1], n_ctx=8192).need
+    assert need is not None and need.cache == reserved(tiny_model("gemma3")[1], 8192, capfd)
+
+
+def test_layers_with_heads_of_their_own(tiny_model, tmp_path, capfd):
+    source, path = gguf.GGUFReader(tiny_model("llama")[1]), tmp_path / "uneven.gguf"
+    writer = gguf.GGUFWriter(path, "deci")
+    for name, key in source.fields.items():
+        if not name.startswith(("GGUF.", "general.architecture", "llama.attention.head_count")):
+            writer.add_key_value(name.replace("llama.", "deci.", 1), key.contents(), *key.types[:2])
+    writer.add_head_count([4, 2, 4, 4])
+    writer.add_head_count_kv([2, 1, 2, 2])
+    for tensor in source.tensors:
+        data = tensor.data
+        if re.match(r"blk\.1\.attn_[qkv]\.", tensor.name):
+            data = data[: len(data) // 2]
+        elif tensor.name.startswith("blk.1.attn_output."):
+            data = np.ascontiguousarray(data[:, : data.shape[1] // 2])
+        writer.add_tensor(tensor.name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    key = (tiny.WIDTH // 4) * 2  # of one head, float16
+    assert predict.token_bytes(path)["kv"] == [2 * heads * key for heads in (2, 1, 2, 2)]
+    need = fit.plan(path, n_ctx=8192).need
+    assert need is not None and need.cache == (7 + 4 * 2) * key * 8192 == reserved(path, 8192, capfd)
 
 
 def test_little_memory_takes_small_batches_then_a_short_context(model, available):
@@ -161,7 +199,7 @@ def test_available_memory_is_the_least_of_what_the_system_says(tmp_path):
 CHILD = """
 import resource, sys
 from pathlib import Path
-from pyfirst import FirstLlama, fit
+from pyfirst import FirstLlama, fit, predict
 model, n_ctx, share = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 if share:
     need = fit.plan(model, n_ctx=n_ctx, n_batch=64, use_mmap=False, threads=1).need.total(True)

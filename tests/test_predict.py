@@ -88,3 +88,17 @@ def test_a_file_without_attention_is_refused(tmp_path):
     writer.close()
     with pytest.raises(InputError, match="nothing to predict"):
         predict.token_bytes(tmp_path / "adapter.gguf")
+
+
+def test_heads_for_another_number_of_layers_are_named(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_block_count(4)
+    writer.add_embedding_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv([2, 2, 2])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(InputError, match=r"model.gguf: the key 'llama.attention.head_count_kv' holds 3 values for 4 l"):
+        predict.token_bytes(tmp_path / "model.gguf")
