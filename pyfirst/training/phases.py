@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import random
 import time
 from collections import deque
@@ -25,6 +27,8 @@ from pyfirst.training.routers import FirstModel
 
 # Non-finite steps in a row after which training is given up.
 BAD_STEPS = 5
+# Steps after which memory that batches of all sizes left in pieces goes back: it grows to gigabytes otherwise.
+TRIM = 5
 # Masks remembered to tell whether routing has collapsed.
 MEMORY = 500
 
@@ -173,6 +177,9 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         first, phase = trainer.first, trainer.phase
+        if state.global_step % TRIM == 0:
+            with contextlib.suppress(AttributeError, OSError):
+                ctypes.CDLL(None).malloc_trim(0)  # glibc's alone
         steered = float(first.threshold)
         if phase.steer and not bool(first.protected.all()):
             steered = steer(steered, torch.cat(trainer.scores), trainer.target)

@@ -318,6 +318,20 @@ class FirstModel(nn.Module):
         return prompt if self.prefill == "full" else prompt & (prompt.cumsum(1) <= self.window)
 
     @contextlib.contextmanager
+    def _logits_at(self, places: torch.Tensor | None) -> Iterator[None]:
+        """Inside the block logits are [1, N, V], only of the N tokens that ``places``, bool [B, T], is true for."""
+        if places is None:
+            yield
+            return
+        # Logits of a prompt are never needed, and a large vocabulary costs more than a layer.
+        head = self.inner.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, args: (args[0][places][None], *args[1:]))
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @contextlib.contextmanager
     def features(self, tokens: torch.Tensor) -> Iterator[list[torch.Tensor]]:
         """Collect from the forward pass inside the block the mean of n(h_l) over ``tokens``, bool [B, T].
 
@@ -387,15 +401,12 @@ class FirstModel(nn.Module):
         inputs["use_cache"] = False
         if "position_ids" in self._parameters_of_forward:
             inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
-        columns = None
+        wanted = None
         if labels is not None:
-            # Logits of prompt tokens are never needed, and a large vocabulary costs more than a layer.
-            columns = (labels[:, 1:] != -100).any(0).nonzero()[:, 0]
-            if "logits_to_keep" in self._parameters_of_forward:
-                inputs["logits_to_keep"] = columns
+            wanted = nn.functional.pad(labels[:, 1:] != -100, (0, 1))  # where the next token counts
         self._pass = None if dense else route
         try:
-            with self._precision():
+            with self._precision(), self._logits_at(wanted):
                 logits = self.base(**inputs).logits
         finally:
             self._pass = None
@@ -403,16 +414,11 @@ class FirstModel(nn.Module):
             "keep": torch.ones_like(route.keep) if dense else route.keep,
             "scores": torch.stack(route.scores, 1) if route.scores else torch.empty(0),
         }
-        if labels is None or columns is None:
+        if labels is None or wanted is None:
             return {**result, "logits": logits}
-        if "logits_to_keep" not in self._parameters_of_forward:
-            logits = logits[:, columns]
-        targets = labels[:, columns + 1]
-        wanted = targets != -100
-        logits = logits[wanted]
-        token_loss = nn.functional.cross_entropy(logits.float(), targets[wanted], reduction="none")
-        rows = torch.arange(len(targets), device=targets.device)[:, None].expand_as(targets)[wanted]
-        result.update({"token_loss": token_loss, "token_logits": logits, "rows": rows})
+        targets = labels[wanted.roll(1, 1)]
+        token_loss = nn.functional.cross_entropy(logits[0].float(), targets, reduction="none")
+        result.update({"token_loss": token_loss, "token_logits": logits[0], "rows": wanted.nonzero()[:, 0]})
         return {**result, "loss": token_loss.mean()}
 
     @torch.no_grad()
@@ -433,40 +439,36 @@ class FirstModel(nn.Module):
         before = max(len(e.prompt) for e in examples)
         behind = max(len(e.response) for e in examples)
         ids = torch.zeros(len(examples), before + behind, dtype=torch.long, device=device)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+        mask, asked = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
         for row, example in enumerate(examples):
             start, end = before - len(example.prompt), before + len(example.response)
             ids[row, start:end] = torch.tensor(example.prompt + example.response, device=device)
             mask[row, start:end] = 1
-            labels[row, before:end] = ids[row, before:end]
-        places = (mask.cumsum(1) - 1).clamp(min=0)
+            asked[row, before - 1 : end - 1] = True  # where the next token counts
+        places, following = (mask.cumsum(1) - 1).clamp(min=0), ids.roll(-1, 1)
         name = "cache" if "cache" in self._parameters_of_forward else "past_key_values"
 
-        def step(part: slice, cache: RoutedCache) -> torch.Tensor:
+        @torch.no_grad()
+        def step(part: slice, cache: RoutedCache) -> dict[str, torch.Tensor]:
             inputs: dict[str, Any] = {"input_ids": ids[:, part], "attention_mask": mask[:, : part.stop]}
             if "position_ids" in self._parameters_of_forward:
                 inputs["position_ids"] = places[:, part]
-            if "logits_to_keep" in self._parameters_of_forward:
-                inputs["logits_to_keep"] = 1 if part.start == 0 else 0
-            with self._precision():
-                return self.base(**inputs, **{name: cache}, use_cache=True).logits
+            wanted = asked[:, part]
+            with self._precision(), self._logits_at(wanted):
+                logits = self.base(**inputs, **{name: cache}, use_cache=True).logits[0].float()
+            each = nn.functional.cross_entropy(logits, following[:, part][wanted], reduction="none")
+            return {"token_loss": each, "rows": wanted.nonzero()[:, 0]}
 
-        with torch.no_grad():
-            prompt_cache = RoutedCache(config=self.inner.config)
-            first = step(slice(0, before), prompt_cache)[:, -1:]
-        wanted = labels[:, before:] != -100
-        rows = torch.arange(len(ids), device=device)[:, None].expand_as(wanted)[wanted]
+        prompt_cache = RoutedCache(config=self.inner.config)
+        first = step(slice(0, before), prompt_cache)
 
-        @torch.no_grad()
         def loss(keep: torch.Tensor) -> torch.Tensor:
             self._pass = Pass(None, None, keep.expand(len(ids), -1))
             try:
                 rest = step(slice(before, before + behind), copy.deepcopy(prompt_cache))
             finally:
                 self._pass = None
-            logits = torch.cat([first, rest[:, :-1]], 1)[wanted].float()
-            each = nn.functional.cross_entropy(logits, ids[:, before:][wanted], reduction="none")
-            return per_example({"token_loss": each, "rows": rows}, len(ids))
+            return per_example({key: torch.cat([first[key], rest[key]]) for key in first}, len(ids))
 
         return loss
 
