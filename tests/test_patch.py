@@ -719,21 +719,97 @@ np.save(out, np.concatenate(rows))
 """
 
 
+def logits_on(lib: Path, script: str, path: Path, out: Path, argument: object) -> np.ndarray:
+    """What a script saves that runs a file on one of the two libraries."""
+    assert (STOCK / "libllama.so").exists(), f"no unpatched library in {STOCK}: run make test"
+    path_entries = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    env = {**os.environ, "LLAMA_CPP_LIB_PATH": str(lib), "PYTHONPATH": path_entries}
+    command = [sys.executable, "-c", script, str(path), str(out), json.dumps(argument)]
+    subprocess.run(command, env=env, check=True, capture_output=True)
+    return np.load(out)
+
+
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "qwen3moe"])
 def test_dense_logits_are_those_of_the_unpatched_library(arch, tiny_model, routed, tmp_path):
     """Bit for bit, also for a file with routers while routing is off."""
-    assert (STOCK / "libllama.so").exists(), f"no unpatched library in {STOCK}: run make test"
     path = routed("llama", prefill="full")[2] if arch == "llama" else tiny_model(arch)[1]
-    results = []
-    path_entries = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    for name, lib in (("patched", native.lib_dir()), ("stock", STOCK)):
-        env = {**os.environ, "LLAMA_CPP_LIB_PATH": str(lib), "PYTHONPATH": path_entries}
-        out = tmp_path / f"{name}.npy"
-        subprocess.run(
-            [sys.executable, "-c", DENSE_LOGITS, str(path), str(out), json.dumps(PROMPT)],
-            env=env,
-            check=True,
-            capture_output=True,
-        )
-        results.append(np.load(out))
-    assert (results[0] == results[1]).all()
+    patched, stock = (
+        logits_on(lib, DENSE_LOGITS, path, tmp_path / "rows.npy", PROMPT) for lib in (native.lib_dir(), STOCK)
+    )
+    assert (patched == stock).all()
+
+
+REPLAY = """
+import json, sys
+import numpy as np
+from native_model import opened
+path, out, job = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+rows = []
+with opened(path, n_seq=job["n_seq"], n_ctx=64, kv_unified=job["kv_unified"]) as model:
+    for kind, *values in job["steps"]:
+        if kind == "batch":
+            rows.append(model.decode(*values))
+        elif kind == "leave":
+            model.clear(*values)
+        else:
+            model.set_mask(*values)
+np.save(out, np.concatenate(rows))
+"""
+
+
+def schedule(n_layer: int, n_seq: int = 4) -> tuple[list[list], list[list[bool]], list[int]]:
+    """Sequences that come and go with given tokens: (steps for REPLAY, mask of each, whose each row of logits is)."""
+    rng = np.random.default_rng(7)
+    steps: list[list] = []
+    every: list[list[bool]] = []
+    owners: list[int] = []
+    present: dict[int, tuple[int, list[int], int]] = {}  # place -> (sequence, tokens, how many are a prompt)
+    fed: dict[int, int] = {}
+    for step in range(24):
+        joining = range(n_seq - 1) if step == 0 else [(1 + step // 5) % n_seq] if step % 5 == 3 else []
+        for place in joining:
+            length = int(rng.integers(1, 20))
+            steps.append(["leave", place])
+            steps.append(["mask", (rng.random(n_layer) < 0.7).tolist(), place])
+            present[place] = len(every), rng.integers(3, 300, length + 30).tolist(), length
+            fed[place] = 0
+            every.append(steps[-1][1])
+        tokens, outputs = [], []
+        for place in rng.permutation(sorted(present)).tolist():
+            sequence, ids, length = present[place]
+            for _ in range(min(9, max(1, length - fed[place]))):
+                tokens.append([ids[fed[place]], fed[place], place])
+                fed[place] += 1
+                outputs.append(fed[place] >= length or len(tokens) == 1)
+                owners += [sequence] * outputs[-1]
+        steps.append(["batch", tokens, outputs])
+    return steps, every, owners
+
+
+@pytest.mark.parametrize("model", ["tiny", pytest.param("SmolLM2", marks=pytest.mark.slow)])
+def test_in_a_crowd_a_mask_is_the_unpatched_library_with_only_those_layers(model, tiny_model, request, tmp_path):
+    """The same batches, bit for bit, although Q4_0 in a unified cache depends on where a sequence's cells are."""
+    from first_convert.convert import convert
+    from first_convert.ggufio import Gguf
+
+    from pyfirst.cli.bench_files import prune
+
+    path = tmp_path / "q4_0.gguf"
+    if model == "tiny":
+        convert(tiny_model("llama")[0], outfile=path, outtype="q4_0")
+    else:
+        path = request.getfixturevalue("smollm2")("q4_0")
+    out, few = tmp_path / "rows.npy", tmp_path / "few.gguf"
+    source = Gguf(path)
+    steps, every, owners = schedule(source.get("llama.block_count"))
+    jobs = [{"n_seq": 4, "kv_unified": kv_unified, "steps": steps} for kv_unified in (False, True)]
+    found = [logits_on(native.lib_dir(), REPLAY, path, out, job) for job in jobs]
+    for job in jobs:
+        job["steps"] = [step for step in steps if step[0] != "mask"]
+    for sequence, mask in enumerate(every):
+        prune(source, np.flatnonzero(mask).tolist(), few)
+        rows = np.flatnonzero(np.array(owners) == sequence)
+        for job, logits in zip(jobs, found, strict=True):
+            assert (logits[rows] == logits_on(STOCK, REPLAY, few, out, job)[rows]).all(), sequence
+    moved, largest = np.abs(found[1] - found[0]).max(), np.abs(found[0]).max()
+    print(f"{model}, q4_0: kv_unified moves logits that reach {largest:.0f} by at most {moved:.1e}")
