@@ -126,7 +126,7 @@ class FirstBatch:
         n_batch: tokens that one step computes at most; default: 512, less where memory is short.
         n_threads: default: the cores this process may use.
         kv_unified: one pool of n_parallel * n_ctx cells for all sequences instead of one per sequence. As in the
-            unpatched llama.cpp, with quantized weights logits then depend a little on where in it a sequence lies.
+            unpatched llama.cpp, with quantized weights logits then depend on where in it a sequence lies.
         flash_attn: as in llama_cpp.Llama; off by default there and here, so that answers are the same.
         type_k, type_v: ggml types of keys and values (default f16).
         verbose: show llama.cpp's log.

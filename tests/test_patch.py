@@ -791,7 +791,6 @@ def test_in_a_crowd_a_mask_is_the_unpatched_library_with_only_those_layers(model
     """The same batches, bit for bit, although Q4_0 in a unified cache depends on where a sequence's cells are."""
     from first_convert.convert import convert
     from first_convert.ggufio import Gguf
-
     from pyfirst.cli.bench_files import prune
 
     path = tmp_path / "q4_0.gguf"
