@@ -1,18 +1,19 @@
 """Move the patch series to another llama-cpp-python release, or say which hunks need a hand.
 
-    python patches/refresh.py 0.3.35 --out /tmp/refreshed      # try: the series stays as it is
-    python patches/refresh.py 0.3.37 --write                   # replace the patches and the lock file
+    python patches/refresh.py 0.3.35 --out refreshed      # try: the series stays as it is
+    python patches/refresh.py 0.3.37 --write              # replace the patches and the lock file
 
-Each patched file is merged three ways: the pinned release, the pinned release patched, the other release. That
-resolves moved and changed context. Where both changed the same lines the file and line are named, the merged tree
-with its conflict markers is left in --out, and the exit code is 1.
+In OUT/llama.cpp, a git repository, the patches are commits on the pinned release and are cherry-picked onto the other
+one, which resolves moved and changed context. Where both changed the same lines the file and line are named and the
+exit code is 1: edit the marked places there and run again with --continue. That also takes up what was amended after a
+clean move, for merged text need not compile.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import re
+import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,17 @@ from pathlib import Path
 
 import prepare
 
-MARKER = re.compile(r"^<{7} ", re.MULTILINE)
+WHO = {"GIT_COMMITTER_NAME": "pyfirst", "GIT_COMMITTER_EMAIL": "pyfirst@users.noreply.example"}
+
+
+def git(tree: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run git in ``tree``, whatever the user's own settings; a failure ends the program with what git said."""
+    settings = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "GIT_EDITOR": "true"}
+    env = {**os.environ, **settings, **WHO, "GIT_AUTHOR_NAME": "release", "GIT_AUTHOR_EMAIL": "release@invalid"}
+    done = subprocess.run(["git", *arguments], cwd=tree, env=env, capture_output=True, text=True)
+    if check and done.returncode != 0:
+        sys.exit(f"error: git {arguments[0]} in {tree}: {(done.stderr or done.stdout).strip()}")
+    return done
 
 
 def fetch(version: str, cache: Path) -> Path:
@@ -31,98 +42,97 @@ def fetch(version: str, cache: Path) -> Path:
     archive = cache / f"{name.replace('-', '_')}-{version}.tar.gz"
     if not archive.is_file():
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", name]
-        subprocess.run([*command, f"{name}=={version}", "-d", str(cache)], check=True)
+        if subprocess.run([*command, f"{name}=={version}", "-d", str(cache)]).returncode != 0:
+            sys.exit(f"error: pip cannot download the sdist {name}=={version}; put {archive.name} into {cache}")
     return archive
 
 
-def unpack(archive: Path, target: Path) -> Path:
-    """llama.cpp's tree of an sdist, at ``target``."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch, tarfile.open(archive) as tar:
-        tar.extractall(scratch, filter="data")
-        tree = Path(scratch) / archive.name.removesuffix(".tar.gz") / "vendor" / "llama.cpp"
-        (tree / ".git").unlink(missing_ok=True)
-        tree.replace(target)
-    return target
+def release(archive: Path, tree: Path, branch: str) -> None:
+    """Commit llama.cpp as an sdist holds it, as the new ``branch`` of the repository ``tree``."""
+    git(tree, "checkout", "--quiet", "-b", branch)
+    for path in tree.iterdir():
+        if path.name != ".git":
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    prefix = f"{archive.name.removesuffix('.tar.gz')}/vendor/llama.cpp/"
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            # The sdist carries the pointer file of the submodule.
+            if member.name.startswith(prefix) and member.name != prefix + ".git":
+                member.name = member.name.removeprefix(prefix)
+                tar.extract(member, tree, filter="data")
+    git(tree, "add", "--all", "--force")
+    git(tree, "commit", "--quiet", "--allow-empty", "--message", archive.name)
 
 
-def touched(patch: Path) -> list[str]:
-    """Files that a patch changes or makes."""
-    return re.findall(r"^\+\+\+ b/(\S+)", patch.read_text(encoding="utf-8"), re.MULTILINE)
+def start(pinned: Path, other: Path, tree: Path) -> None:
+    """Make the repository ``tree``: branch ``pinned`` and the series on it, branch ``moved`` of the other release."""
+    shutil.rmtree(tree, ignore_errors=True)
+    tree.mkdir(parents=True)
+    git(tree, "init", "--quiet")
+    release(pinned, tree, "pinned")
+    git(tree, "checkout", "--quiet", "-b", "series")
+    git(tree, "am", "--quiet", "--whitespace=nowarn", *map(str, prepare.series()))
+    git(tree, "checkout", "--quiet", "pinned")
+    release(other, tree, "moved")
+    git(tree, "tag", "release")
 
 
-def merge(patch: Path, base: Path, patched: Path, other: Path) -> list[str]:
-    """Bring the change of one patch into ``other``; return "file:line" of every conflict."""
-    conflicts = []
-    for name in touched(patch):
-        if not (base / name).exists():
-            if (other / name).exists():
-                conflicts.append(f"{name}:1 (the release now has a file of this name)")
-            (other / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(patched / name, other / name)
-            continue
-        if not (other / name).exists():
-            conflicts.append(f"{name}:1 (gone from the release)")
-            continue
-        files = [str(tree / name) for tree in (other, base, patched)]
-        labels = ["-L", "release", "-L", "pinned", "-L", "patched"]
-        subprocess.run(["git", "merge-file", *labels, *files], check=False)
-        text = (other / name).read_text(encoding="utf-8")
-        conflicts += [f"{name}:{text.count(chr(10), 0, m.start()) + 1}" for m in MARKER.finditer(text)]
-    return conflicts
+def conflicts(tree: Path) -> list[str]:
+    """ "file:line" of every place that git could not merge, or that still has its marker."""
+    places = []
+    for name in git(tree, "diff", "--name-only", "--diff-filter=U").stdout.splitlines():
+        path = tree / name
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        marked = [n for n, line in enumerate(lines, 1) if line.startswith("<<<<<<< ")]
+        places += [f"{name}:{n}" for n in marked] or [f"{name} (gone from one side, or new on both)"]
+    return places
 
 
-def rewritten(patch: Path, before: Path, after: Path) -> str:
-    """The patch again, its message kept, its hunks made from the trees ``before`` and ``after``."""
-    message = patch.read_text(encoding="utf-8").split("\n---\n", 1)[0]
-    diffs = []
-    for name in touched(patch):
-        old = str(before / name) if (before / name).exists() else "/dev/null"
-        command = ["git", "diff", "--no-index", "--no-color", old, str(after / name)]
-        text = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-        text = text.replace(str(before / name), f"/{name}").replace(str(after / name), f"/{name}")
-        text = re.sub(r"^diff --git .*$", f"diff --git a/{name} b/{name}", text, count=1, flags=re.MULTILINE)
-        diffs.append(text.replace("a//", "a/").replace("b//", "b/"))
-    return f"{message}\n---\n\n{''.join(diffs)}"
+def move(tree: Path, go_on: bool = False) -> list[str]:
+    """Bring the series to branch ``moved``, or go on after an edit; return the places that stop it."""
+    if go_on and not (tree / ".git" / "CHERRY_PICK_HEAD").exists():
+        if git(tree, "status", "--porcelain").stdout:
+            sys.exit(f"error: {tree}: commit what you edited, with --fixup and rebase --autosquash, or undo it")
+        return []
+    if go_on:
+        open_places = [place for place in conflicts(tree) if "(" not in place]
+        if open_places:
+            return open_places
+        git(tree, "add", "--all", "--force")
+    done = git(tree, "cherry-pick", *(["--continue"] if go_on else ["pinned..series"]), check=False)
+    if done.returncode == 0:
+        return []
+    places = conflicts(tree)
+    return places or sys.exit(f"error: git cherry-pick in {tree}: {(done.stderr or done.stdout).strip()}")
 
 
-def refresh(version: str, out: Path, write: bool = False) -> int:
+def refresh(version: str, out: Path, write: bool = False, go_on: bool = False) -> int:
     """Try (or with ``write`` do) the move; return the number of conflicts."""
-    out.mkdir(parents=True, exist_ok=True)
-    cache = out / "sdists"
-    cache.mkdir(exist_ok=True)
-    for name in ("base", "patched", "before", "check", "llama.cpp"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    pinned, archive = prepare.download(cache), fetch(version, cache)
-    base, other = unpack(pinned, out / "base"), unpack(archive, out / "llama.cpp")
-    patched, before = out / "patched", out / "before"
-    conflicts: list[str] = []
-    fresh: dict[Path, str] = {}
-    for patch in prepare.series():
-        shutil.copytree(base, patched)
-        prepare.apply(patch, patched)
-        shutil.copytree(other, before)
-        found = merge(patch, base, patched, other)
-        for place in found:
-            print(f"{patch.name}: conflict in {place}", file=sys.stderr)
-        conflicts += found
-        if not found:
-            fresh[patch] = rewritten(patch, before, other)
-            (out / patch.name).write_text(fresh[patch], encoding="utf-8")
-            check = before.parent / "check"
-            shutil.copytree(before, check)
-            prepare.apply(out / patch.name, check)
-            shutil.rmtree(check)
-        shutil.rmtree(base)
-        patched.replace(base)
-        shutil.rmtree(before)
-    shutil.rmtree(base)
-    if conflicts:
-        print(f"{len(conflicts)} conflicts; edit {other} and diff it against the release", file=sys.stderr)
-        return len(conflicts)
-    print(f"the series applies to {version}: {', '.join(str(out / p.name) for p in fresh)}")
+    cache, tree = out / "sdists", out / "llama.cpp"
+    cache.mkdir(parents=True, exist_ok=True)
+    archive = fetch(version, cache)
+    if not go_on:
+        start(prepare.download(cache), archive, tree)
+    elif (
+        not (tree / ".git").exists() or git(tree, "log", "-1", "--format=%s", "release").stdout.strip() != archive.name
+    ):
+        sys.exit(f"error: {tree}: no move to {version} to go on with; run without --continue")
+    places = move(tree, go_on)
+    if places:
+        at = git(tree, "log", "-1", "--format=%s", "CHERRY_PICK_HEAD").stdout.strip()
+        for place in places:
+            print(f'"{at}": conflict in {place}', file=sys.stderr)
+        print(f"{len(places)} conflicts: edit {tree}, then run again with --continue", file=sys.stderr)
+        return len(places)
+    commits = git(tree, "rev-list", "--reverse", "release..moved").stdout.split()
+    fresh = [out / patch.name for patch in prepare.series()]
+    for commit, path in zip(commits, fresh, strict=True):
+        options = ["--stdout", "--zero-commit", "--no-signature", "-1"]
+        path.write_text(git(tree, "format-patch", *options, commit).stdout, encoding="utf-8")
+    print(f"the series applies to {version}: {', '.join(map(str, fresh))}")
     if write:
-        for patch, text in fresh.items():
-            patch.write_text(text, encoding="utf-8")
+        for path, patch in zip(fresh, prepare.series(), strict=True):
+            shutil.copyfile(path, patch)
         checksum = hashlib.sha256(archive.read_bytes()).hexdigest()
         name = prepare.pinned()[0].partition("==")[0]
         comment = prepare.LOCK.read_text(encoding="utf-8").splitlines()[0]
@@ -136,5 +146,6 @@ if __name__ == "__main__":
     parser.add_argument("version")
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "pyfirst-refresh")
     parser.add_argument("--write", action="store_true", help="replace patches and lock file")
+    parser.add_argument("--continue", dest="go_on", action="store_true", help="after the conflicts have been edited")
     args = parser.parse_args()
-    sys.exit(1 if refresh(args.version, args.out.resolve(), args.write) else 0)
+    sys.exit(1 if refresh(args.version, args.out.resolve(), args.write, args.go_on) else 0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -87,36 +89,85 @@ def refresh():
         sys.path.remove(str(PATCHES))
 
 
-def trees(root: Path, **texts: str) -> dict[str, Path]:
-    for name, text in texts.items():
-        (root / name / "src").mkdir(parents=True)
-        (root / name / "src" / "model.cpp").write_text(text)
-    return {name: root / name for name in texts}
+@pytest.fixture
+def releases(refresh, tmp_path, monkeypatch):
+    """Lock, series and sdists of a llama.cpp with one file and two patches; makes more releases."""
+    patches, cache = tmp_path / "patches", tmp_path / "out" / "sdists"
+    patches.mkdir()
+    cache.mkdir(parents=True)
 
+    def make(version: str, text: str) -> Path:
+        top = f"llama_cpp_python-{version}"
+        source = tmp_path / "made" / top / "vendor" / "llama.cpp"
+        (source / "src").mkdir(parents=True)
+        (source / "src" / "model.cpp").write_text(text)
+        (source / ".git").write_text("gitdir: elsewhere")
+        with tarfile.open(cache / f"{top}.tar.gz", "w:gz") as tar:
+            tar.add(tmp_path / "made" / top, top)
+        return cache / f"{top}.tar.gz"
 
-def test_a_patch_moves_to_a_release_with_other_context(refresh, tmp_path):
-    (tmp_path / "change.patch").write_text("Subject: change\n---\n" + PATCH)
-    old = "one\ntwo\nthree\nfour\n"
-    made = trees(
-        tmp_path,
-        base=old,
-        patched=old.replace("two\n", "two\nnew\n"),
-        other="zero\none\n\n" + "two\nthree\nfour\n" + "five\n" * 9,
-        before="zero\none\n\n" + "two\nthree\nfour\n" + "five\n" * 9,
+    mail = "From: a <a@example.com>\nDate: Wed, 25 Nov 2026 03:36:38 +0000\nSubject: [PATCH] change {}\n\nwhy\n\n---\n"
+    second = PATCH.replace(" two\n+new\n three\n four", " two\n new\n-three\n+3\n four").replace(
+        "-1,4 +1,5", "-1,5 +1,5"
     )
-    assert refresh.merge(tmp_path / "change.patch", made["base"], made["patched"], made["other"]) == []
-    fresh = refresh.rewritten(tmp_path / "change.patch", made["before"], made["other"])
-    assert fresh.startswith("Subject: change\n---\n")
-    (tmp_path / "fresh.patch").write_text(fresh)
-    prepare.apply(tmp_path / "fresh.patch", made["before"])
-    assert (made["before"] / "src" / "model.cpp").read_text() == (made["other"] / "src" / "model.cpp").read_text()
+    (patches / "0001-a.patch").write_text(mail.format(1) + PATCH)
+    (patches / "0002-b.patch").write_text(mail.format(2) + second)
+    checksum = hashlib.sha256(make("1.0", "one\ntwo\nthree\nfour\n").read_bytes()).hexdigest()
+    lock = patches / "upstream.lock"
+    lock.write_text(f"# the release\nllama-cpp-python==1.0 --hash=sha256:{checksum}\n")
+    monkeypatch.setattr(refresh.prepare, "LOCK", lock)
+    monkeypatch.setattr(refresh.prepare, "series", lambda: sorted(patches.glob("*.patch")))
+    return make
 
 
-def test_a_conflict_names_file_and_line(refresh, tmp_path):
-    (tmp_path / "change.patch").write_text(PATCH)
-    old = "one\ntwo\nthree\nfour\n"
-    made = trees(
-        tmp_path, base=old, patched=old.replace("two\n", "two\nnew\n"), other=old.replace("two\n", "two\nelse\n")
-    )
-    conflicts = refresh.merge(tmp_path / "change.patch", made["base"], made["patched"], made["other"])
-    assert conflicts == ["src/model.cpp:3"]
+def test_the_series_moves_to_a_release_with_other_context(refresh, releases, tmp_path):
+    archive = releases("1.1", "zero\none\n\ntwo\nthree\nfour\n" + "five\n" * 9)
+    assert refresh.refresh("1.1", tmp_path / "out", write=True) == 0
+    # The lock file names the release now, so what the build does proves that the written series applies to it.
+    made = refresh.prepare.prepare(tmp_path / "out" / "sdists")
+    assert (made / "src" / "model.cpp").read_text() == "zero\none\n\ntwo\nnew\n3\nfour\n" + "five\n" * 9
+    assert refresh.prepare.pinned() == ("llama-cpp-python==1.1", hashlib.sha256(archive.read_bytes()).hexdigest())
+    first = (tmp_path / "patches" / "0001-a.patch").read_text()
+    assert "From: a <a@example.com>" in first and "Subject: [PATCH] change 1\n\nwhy\n" in first
+
+
+def test_a_conflict_names_file_and_line_and_its_edit_is_taken_up(refresh, releases, tmp_path, capsys):
+    releases("1.1", "one\ntwo\nTHREE\nfour\n")
+    out, series = tmp_path / "out", {p: p.read_text() for p in (tmp_path / "patches").iterdir()}
+    file = out / "llama.cpp" / "src" / "model.cpp"
+    for go_on in (False, True):  # going on without an edit says the same
+        assert refresh.refresh("1.1", out, write=True, go_on=go_on) == 1
+        line = file.read_text().splitlines().index(next(x for x in file.read_text().splitlines() if "<<<<" in x)) + 1
+        assert f'"change 1": conflict in src/model.cpp:{line}' in capsys.readouterr().err
+    file.write_text("one\ntwo\nnew\nTHREE\nfour\n")
+    assert refresh.refresh("1.1", out, write=True, go_on=True) == 1
+    assert '"change 2": conflict in src/model.cpp' in capsys.readouterr().err
+    assert {p: p.read_text() for p in series} == series
+    file.write_text("one\ntwo\nnew\n3!\nfour\n")
+    assert refresh.refresh("1.1", out, write=True, go_on=True) == 0
+    made = refresh.prepare.prepare(out / "sdists")
+    assert (made / "src" / "model.cpp").read_text() == "one\ntwo\nnew\n3!\nfour\n"
+
+
+def test_a_change_after_a_clean_move_is_taken_up_when_it_is_committed(refresh, releases, tmp_path):
+    releases("1.1", "zero\none\ntwo\nthree\nfour\n")
+    out = tmp_path / "out"
+    assert refresh.refresh("1.1", out) == 0
+    file = out / "llama.cpp" / "src" / "model.cpp"
+    file.write_text(file.read_text().replace("3", "3!"))
+    with pytest.raises(SystemExit, match="commit what you edited"):
+        refresh.refresh("1.1", out, go_on=True)
+    refresh.git(out / "llama.cpp", "commit", "--all", "--amend", "--no-edit")
+    assert refresh.refresh("1.1", out, write=True, go_on=True) == 0
+    made = refresh.prepare.prepare(out / "sdists")
+    assert (made / "src" / "model.cpp").read_text() == "zero\none\ntwo\nnew\n3!\nfour\n"
+
+
+def test_going_on_with_another_release_is_refused(refresh, releases, tmp_path):
+    for version in ("1.1", "1.2"):
+        releases(version, "one\ntwo\nTHREE\nfour\n")
+    with pytest.raises(SystemExit, match=r"no move to 1\.1"):
+        refresh.refresh("1.1", tmp_path / "out", go_on=True)
+    assert refresh.refresh("1.1", tmp_path / "out") == 1
+    with pytest.raises(SystemExit, match=r"no move to 1\.2"):
+        refresh.refresh("1.2", tmp_path / "out", go_on=True)
