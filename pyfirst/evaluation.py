@@ -7,7 +7,6 @@ examples (the bootstrap) gives the 95% interval of corpus scores too.
 
 from __future__ import annotations
 
-import functools
 import os
 import random
 import time
@@ -19,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from pyfirst.chat import ChatTemplate
 from pyfirst.cpu import machine
 from pyfirst.errors import InputError
 from pyfirst.info import info
@@ -145,15 +143,6 @@ def plan(models: Sequence[str], compare: Sequence[str] = (), seed: int = 0) -> l
 class Scorer(FirstLlama):
     """FirstLlama that also gives prompts as tokens and the likelihood of a given continuation."""
 
-    @functools.cached_property
-    def _template(self) -> ChatTemplate:
-        return ChatTemplate(self.model_path, self.metadata, self._model.vocab)
-
-    def chat_tokens(self, *contents: str) -> list[int]:
-        """The tokens that create_chat_completion feeds for turns of user and assistant. Raises InputError."""
-        messages = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
-        return self.tokenize(self._template.render(messages).encode("utf-8"), add_bos=False, special=True)
-
     @property
     def has_template(self) -> bool:
         """Whether the file brings a chat template; without one prompts are plain text."""
@@ -162,8 +151,9 @@ class Scorer(FirstLlama):
     def end_of_turn(self) -> int:
         """The token that ends an answer: what the template puts there, else EOT, else EOS."""
         if self.has_template:
+            question, reply = ({"role": role, "content": "x"} for role in ("user", "assistant"))
             try:
-                answered = self.chat_tokens("x", "y")[len(self.chat_tokens("x")) :]
+                answered = self.chat_tokens([question, reply])[len(self.chat_tokens([question])) :]
             except InputError:
                 answered = []
             for token in answered:
@@ -175,7 +165,7 @@ class Scorer(FirstLlama):
     def prompt_tokens(self, prompt: str) -> list[int]:
         """A user's message in the model's chat template; where there is none, the text itself."""
         if self.has_template:
-            return self.chat_tokens(prompt)
+            return self.chat_tokens([{"role": "user", "content": prompt}])
         return self.tokenize(prompt.encode("utf-8"), add_bos=True, special=True)
 
     def answer_tokens(self, text: str, end: int) -> list[int]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import logging
 import os
@@ -205,8 +206,8 @@ class FirstLlama(llama_cpp.Llama):
             # The parent guesses a format, and without a template takes a wrong one in silence.
             self.chat_format = None
             if "tokenizer.chat_template" in self.metadata:
-                template = ChatTemplate(self.model_path, self.metadata, self._model.vocab)
-                self.chat_handler = chat_formatter_to_chat_completion_handler(template)  # type: ignore[arg-type]
+                handler = chat_formatter_to_chat_completion_handler(self.chat_template)  # type: ignore[arg-type]
+                self.chat_handler = handler
         if routing and not self.has_routers:
             if self._forced is None:
                 logger.warning("%s: no routers in this file, running dense", model_path)
@@ -538,6 +539,15 @@ class FirstLlama(llama_cpp.Llama):
     def __call__(self, prompt: str, *args: Any, **kwargs: Any) -> Any:
         """Same as create_completion."""
         return self.create_completion(prompt, *args, **kwargs)
+
+    @functools.cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The template in the file. Raises InputError where there is none, or one that does not parse."""
+        return ChatTemplate(self.model_path, self.metadata, self._model.vocab)
+
+    def chat_tokens(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """The tokens that create_chat_completion reads for ``messages``, in the file's template. Raises InputError."""
+        return self.tokenize(self.chat_template.render(messages).encode("utf-8"), add_bos=False, special=True)
 
     def create_chat_completion(self, messages: list[Any], *args: Any, **kwargs: Any) -> Any:
         """The parent's chat completion with a "first" entry; ``mask`` and ``skip_layers`` as in create_completion.

@@ -71,7 +71,7 @@ def test_token_ids_are_hugging_faces(messages, template, tiny_model, other):
 def test_parts_are_joined_where_the_template_wants_text(tiny_model, other):
     parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
     llm = FirstLlama(tiny_model("llama")[1])
-    template = ChatTemplate("m", llm.metadata, llm._model.vocab)
+    template = llm.chat_template
     assert template.render(parts) == template.render([{"role": "user", "content": "ab"}])
     options = {"max_tokens": 4, "temperature": 0.0}
     joined = [{"role": "user", "content": "ab"}]
@@ -83,7 +83,7 @@ def test_parts_are_joined_where_the_template_wants_text(tiny_model, other):
     with pytest.raises(InputError, match="image_url"):
         llm.create_chat_completion(image)
     reads_parts = FirstLlama(other(PARTS))
-    assert ChatTemplate("m", reads_parts.metadata, reads_parts._model.vocab).render(parts) == "[a][b]"
+    assert reads_parts.chat_template.render(parts) == "[a][b]"
 
 
 @pytest.mark.parametrize(

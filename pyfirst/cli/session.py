@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pyfirst.chat import ChatTemplate
 from pyfirst.cli import common
 from pyfirst.errors import InputError
 from pyfirst.info import info
@@ -77,7 +76,6 @@ class Session:
             verbose=verbose,
         )
         self.ctx = self.llm.context_params.n_ctx
-        self._template: ChatTemplate | None = None
 
     def close(self) -> None:
         """Free the model."""
@@ -93,9 +91,7 @@ class Session:
         """Token ids of a text to continue, or of chat messages in the model's own template."""
         if isinstance(prompt, str):
             return self.llm.tokenize(prompt.encode("utf-8"), add_bos=True, special=True)
-        if self._template is None:
-            self._template = ChatTemplate(self.llm.model_path, self.llm.metadata, self.llm._model.vocab)
-        return self.llm.tokenize(self._template.render(prompt).encode("utf-8"), add_bos=False, special=True)
+        return self.llm.chat_tokens(prompt)
 
     def answer(
         self,
