@@ -235,14 +235,20 @@ class FirstLlama(llama_cpp.Llama):
         if self._ctx.ctx is None:
             raise RuntimeError("this FirstLlama is closed")
 
-    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
-        """Token ids of UTF-8 bytes, as the parent gives them."""
+    def _check_vocab(self) -> None:
+        """llama.cpp would end the process."""
         self._check_open()
+        if llama_cpp.llama_vocab_type(self._model.vocab) == llama_cpp.LLAMA_VOCAB_TYPE_NONE:
+            raise InputError(f"{self.model_path}: no vocabulary in this file, so it reads and writes no text")
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        """Token ids of UTF-8 bytes, as the parent gives them. Raises InputError for a file without a vocabulary."""
+        self._check_vocab()
         return super().tokenize(text, add_bos, special)
 
     def detokenize(self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False) -> bytes:
-        """Bytes of token ids, as the parent gives them."""
-        self._check_open()
+        """Bytes of token ids, as the parent gives them. Raises InputError for a file without a vocabulary."""
+        self._check_vocab()
         return super().detokenize(tokens, prev_tokens, special)
 
     def is_eog(self, token: int) -> bool:

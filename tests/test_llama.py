@@ -755,3 +755,16 @@ def test_importing_llama_cpp_first_is_explained(tmp_path):
     )
     env["LLAMA_CPP_LIB_PATH"] = str(native.lib_dir())
     assert subprocess.run([sys.executable, "-c", code], env=env).returncode == 0
+
+
+def test_a_file_without_a_vocabulary_is_told_and_not_fatal(tiny_model, tmp_path):
+    from first_convert.ggufio import Entry, Gguf, rewrite
+
+    path = tmp_path / "none.gguf"
+    added = [Entry("tokenizer.ggml.model", "STRING", "no_vocab"), Entry("llama.vocab_size", "UINT32", tiny.VOCAB)]
+    rewrite(Gguf(tiny_model("llama")[1]), path, added, lambda key: "tokenizer." not in key and "vocab" not in key)
+    llm = FirstLlama(path, **F32)
+    assert next(llm.generate([5, 6, 7], temp=0.0)) in range(tiny.VOCAB)
+    for prompt in ("the fox", [5, 6, 7]):
+        with pytest.raises(InputError, match="no vocabulary in this file"):
+            llm.create_completion(prompt, **GREEDY)
