@@ -158,9 +158,14 @@ class FirstBatch:
         type_v: int | None = None,
         verbose: bool = False,
     ):
-        wanted = {"n_parallel": n_parallel, "n_ctx": n_ctx, "n_batch": n_batch}
-        if any(value is not None and value < 1 + (name == "n_ctx") for name, value in wanted.items()):
-            raise InputError(f"n_parallel {n_parallel}, n_ctx {n_ctx}, n_batch {n_batch}: expected positive numbers")
+        for name, value, least in (
+            ("n_parallel", n_parallel, 1),
+            ("n_ctx", n_ctx, 2),
+            ("n_batch", n_batch, 1),
+            ("n_threads", n_threads, 1),
+        ):
+            if value is not None and value < least:
+                raise InputError(f"{name} is {value}, expected at least {least}")
         limit = llama_cpp.llama_max_parallel_sequences()
         if n_parallel > limit:
             raise InputError(f"n_parallel is {n_parallel}, llama.cpp holds {limit} sequences")
@@ -275,6 +280,10 @@ class FirstBatch:
         """The text of tokens, without control tokens and bytes that are not UTF-8."""
         self._check_open()
         return b"".join(native.token_bytes(self._model.vocab, token) for token in tokens).decode("utf-8", "ignore")
+
+    def answer_start(self, prompt: str | Sequence[int]) -> int:
+        """Characters of a prompt: the offset of its answer, as in FirstLlama's log-probabilities."""
+        return len(prompt if isinstance(prompt, str) else self.text(prompt))
 
     def threshold_for(self, skip: float) -> float:
         """The threshold that skips this share of layers on average, from 0 to 1. Raises InputError."""
@@ -647,11 +656,7 @@ class FirstBatch:
                 self.check(request)
             except InputError as error:
                 raise InputError(f"prompt {i}: {error}") from None
-        starts = [0] * len(prompts)  # offsets count from the prompt's beginning, as FirstLlama's
-        for i, (prompt, request) in enumerate(zip(prompts, requests, strict=True)):
-            if request.logprobs is not None:
-                starts[i] = len(prompt) if isinstance(prompt, str) else len(self.text(request.tokens))
-        events = self._run(requests, starts)
+        events = self._run(requests, [self.answer_start(prompt) for prompt in prompts])
         if stream:
             return events
         done: list[dict[str, Any]] = [{} for _ in prompts]

@@ -398,10 +398,7 @@ def create_app(engine: Engine) -> FastAPI:
             raise InputError("the prompt is empty: at least one token must decide")
         tokens = [batch.tokenize(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         jobs = submit(tokens, body.max_tokens, body.logprobs, body)
-        starts = [0] * len(prompts)
-        if body.logprobs is not None:
-            starts = [len(p if isinstance(p, str) else batch.text(p)) for p in prompts]
-        return await respond(http, body, jobs, starts)
+        return await respond(http, body, jobs, [batch.answer_start(prompt) for prompt in prompts])
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, http: HttpRequest) -> Response:

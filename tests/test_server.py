@@ -7,7 +7,6 @@ import json
 import os
 import random
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -45,18 +44,16 @@ def model(tiny_model, tmp_path_factory) -> Path:
 def started(model, *options: str):
     """(base URL, process, file with its stderr: a pipe that nobody reads would stop it)."""
     log = Path(tempfile.mkstemp(suffix=".log")[1])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "pyfirst.cli.serve", "-m", str(model), "--port", str(port), "-t", "1", *options]
+    command = [sys.executable, "-m", "pyfirst.cli.serve", "-m", str(model), "--port", "0", "-t", "1", *options]
     with log.open("w") as stderr:
         process = subprocess.Popen([*command, "--parallel", "4", "-c", str(CONTEXT)], stderr=stderr)
-    url = f"http://127.0.0.1:{port}"
+    url = ""
     for _ in range(600):
         try:
+            url = url or "".join(re.findall(r"(http://\S+)/v1\n", log.read_text()))
             assert httpx.get(f"{url}/health").json() == {"status": "ok"}
             break
-        except httpx.HTTPError:
+        except (httpx.HTTPError, httpx.InvalidURL):
             assert process.poll() is None, log.read_text()
             time.sleep(0.1)
     try:
@@ -459,6 +456,46 @@ def test_requests_during_shutdown_end_and_the_process_too(model):
             assert all(answer.result(30) for answer in answers)
         assert process.returncode in (0, -15)
         assert "Traceback" not in log.read_text()
+
+
+def test_flash_attention_is_switched_on(model):
+    """The log-probabilities tell: it rounds differently."""
+    asked = {"prompt": "the quick brown fox", "max_tokens": 6, "temperature": 0.0, "logprobs": 0}
+    found = []
+    for flash_attn in (False, True):
+        with FirstBatch(model, n_parallel=4, n_ctx=CONTEXT, n_threads=1, flash_attn=flash_attn) as batch:
+            options = {name: value for name, value in asked.items() if name != "prompt"}
+            found.append(batch.generate([asked["prompt"]], **options)[0]["choices"][0]["logprobs"])
+    assert found[0] != found[1]
+    with started(model, "-fa", "on") as (url, _, _):
+        assert httpx.post(f"{url}/v1/completions", json=asked).json()["choices"][0]["logprobs"] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-c", "1"], "-c is 1"),
+        (["-t", "0"], "-t is 0"),
+        (["--parallel", "0"], "--parallel is 0"),
+        (["--parallel", "10000"], "10000"),
+        (["--queue", "0"], "--queue is 0"),
+        (["--port", "70000"], "--port is 70000"),
+        (["--port", "-1"], "--port is -1"),
+        (["--port", "{taken}"], "in use"),
+        (["--host", "no.such.host.invalid"], "no.such.host.invalid"),
+        (["--dense", "--threshold", "0.5"], "--dense and --threshold"),
+        (["--skip", "20"], "--skip is '20'"),
+        (["-m", "absent.gguf"], "no such file"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else " ".join(value),
+)
+def test_wrong_options_are_one_line_and_exit_code_2(options, message, model, server, capfd):
+    from pyfirst.cli import serve
+
+    options = [option.format(taken=server[0].rpartition(":")[2]) for option in options]
+    assert serve.main(["-m", str(model), "--port", "0", *options]) == 2
+    said = capfd.readouterr().err
+    assert len(said.splitlines()) == 1 and said.startswith("first-serve: error: ") and message in said
 
 
 def test_sixteen_clients_half_of_them_hanging_up(server, model):

@@ -52,6 +52,18 @@ def add_model_options(parser: argparse.ArgumentParser, fits: bool = False) -> No
     add("--prefill", choices=PREFILL_MODES, help="skip: the prompt skips too (default: the file's, or full)")
 
 
+def check_model_options(args: argparse.Namespace) -> None:
+    """Refuse impossible values of add_model_options(), and two options that decide the layers. Raises InputError."""
+    ways = ("--dense", "--threshold", "--skip", "--skip-layers")
+    chosen = [way for way in ways if getattr(args, way[2:].replace("-", "_"), None) not in (None, False)]
+    if len(chosen) > 1:
+        raise InputError(f"{' and '.join(chosen)} exclude each other")
+    if args.ctx_size is not None and args.ctx_size < 2:
+        raise InputError(f"-c is {args.ctx_size}, expected at least 2 tokens")
+    if args.threads is not None and args.threads < 1:
+        raise InputError(f"-t is {args.threads}, expected at least 1 thread")
+
+
 def parse_share(text: str) -> float:
     """'20%' or '0.2' as a number from 0 to 1. Raises InputError."""
     number = text.strip()

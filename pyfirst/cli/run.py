@@ -77,13 +77,7 @@ def parse_layers(text: str) -> list[int]:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse impossible options before anything is loaded. Raises InputError."""
-    chosen = [
-        option
-        for option in ("--dense", "--threshold", "--skip", "--skip-layers")
-        if getattr(args, option[2:].replace("-", "_")) not in (None, False)
-    ]
-    if len(chosen) > 1:
-        raise InputError(f"{' and '.join(chosen)} exclude each other")
+    common.check_model_options(args)
     if args.parallel is not None:
         if args.parallel < 1:
             raise InputError(f"--parallel is {args.parallel}, expected at least 1")
@@ -97,10 +91,6 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("-p and -f exclude each other")
     if args.n_predict < 1 and args.n_predict != -1:
         raise InputError(f"-n is {args.n_predict}, expected at least 1 token, or -1 for no limit")
-    if args.ctx_size is not None and args.ctx_size < 2:
-        raise InputError(f"-c is {args.ctx_size}, expected at least 2 tokens")
-    if args.threads is not None and args.threads < 1:
-        raise InputError(f"-t is {args.threads}, expected at least 1 thread")
     if not (args.temp >= 0 and math.isfinite(args.temp)):
         raise InputError(f"--temp is {args.temp}, expected 0 or more")
     if args.seed is not None and not -1 <= args.seed < 2**32 - 1:
