@@ -148,9 +148,11 @@ def summary(seen: dict[str, Any]) -> list[str]:
     always = sum(rate == 1 for rate in seen["keep_rate"])
     never = sum(rate == 0 for rate in seen["keep_rate"])
     kept = np.mean([np.mean(row["mask"]) for row in rows])
+    prompts = f"{len(rows)} prompt{'s' if len(rows) > 1 else ''}"
+    different = f"{seen['distinct']} different masks" if seen["distinct"] > 1 else "one mask"
     lines += [
         "",
-        f"{len(rows)} prompts, {seen['distinct']} different masks, {kept:.0%} of the layers kept on average",
+        f"{prompts}, {different}, {kept:.0%} of the layers kept on average",
         f"{always} layers are always kept, {never} never, {n_layer - always - never} depend on the prompt",
     ]
     if seen["guess"] is not None:

@@ -239,6 +239,13 @@ def test_broken_file_is_one_line(kind, made, tmp_path, capfd):
     assert out == "" and len(err.splitlines()) == 1 and str(path) in err
 
 
+def test_options_that_cannot_work_are_one_line(made, capfd):
+    for option, value, words in (("-t", "0", "-t is 0"), ("-c", "1", "-c is 1"), ("--limit", "0", "--limit is 0")):
+        assert main([str(made[2]), "-p", "x", option, value]) == 2
+        out, err = capfd.readouterr()
+        assert out == "" and len(err.splitlines()) == 1 and words in err
+
+
 def test_absurd_counts_end_soon(made, tmp_path):
     """Counts from a hostile file are not believed."""
     source = pack.open_gguf(made[2])

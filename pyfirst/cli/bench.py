@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -305,9 +306,11 @@ def bench(
             kinds += [_Kind(mode, "pyfirst", "regions", mode) for mode in ("scored", "routed")]
 
         answers: dict[tuple[int, _Kind], list[dict[str, Any]]] = {(n, kind): [] for n in lengths for kind in kinds}
+        began, total = time.monotonic(), (repeats + 1) * len(answers)
         for turn in range(repeats + 1):
-            on_progress("warm-up" if turn == 0 else f"turn {turn} of {repeats}")
-            for (length, kind), samples in answers.items():
+            for i, ((length, kind), samples) in enumerate(answers.items(), turn * len(answers)):
+                left = (time.monotonic() - began) * (total - i) / i if i else None
+                on_progress(f"run {i + 1} of {total}" + ("" if left is None else f", {left / 60:.1f} minutes left"))
                 answer = workers[kind.worker].ask(
                     "measure",
                     name=kind.context,

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pyfirst.cli import common
-from pyfirst.errors import InputError
 from pyfirst.scores import DEFAULT_METRICS, METRICS, need
 
 # name: (column, digits)
@@ -235,8 +234,7 @@ def _open(path: str) -> TextIO:
 
 def command(args: argparse.Namespace) -> None:
     """Run the parsed command."""
-    if args.threshold is not None and args.skip is not None:
-        raise InputError("--threshold and --skip exclude each other")
+    common.check_model_options(args)
     skip = None if args.skip is None else common.parse_share(args.skip)
     from pyfirst.evaluation import evaluate
 

@@ -162,6 +162,7 @@ def _numbers(value: Any) -> Any:
 
 def command(args: argparse.Namespace) -> dict[str, Any]:
     """Run the parsed command line: print the report. Raises InputError, after it, for a file with problems."""
+    common.check_model_options(args)
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit is {args.limit}, expected at least 1")
     if args.plot and not (args.prompt or args.data):
