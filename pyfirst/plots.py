@@ -92,7 +92,9 @@ def masks(seen: dict[str, Any], path: str | os.PathLike[str]) -> None:
     starts = [0, *edges]
     heat.set_xticks([(a + b - 1) / 2 for a, b in zip(starts, [*edges, len(tasks)], strict=True)])
     heat.set_xticklabels([f"{tasks[a]} ({tasks.count(tasks[a])})" for a in starts])
-    heat.set(ylabel="layer", title=f"mean router score of each prompt ({seen['distinct']} masks, {len(rows)} prompts)")
+    heat.set(
+        ylabel="layer", title=f"mean router score of each prompt (prompts: {len(rows)}, masks: {seen['distinct']})"
+    )
 
     rates = figure.add_subplot(grid[0, 1], sharey=heat)
     kept = figure.add_subplot(grid[1, 0])
@@ -100,9 +102,12 @@ def masks(seen: dict[str, Any], path: str | os.PathLike[str]) -> None:
     for name in names:
         rates.plot([100 * r for r in seen["task_keep_rate"][name]], range(n_layer), "o-", ms=3, lw=1, label=name)
     rates.set(xlabel="kept (% of prompts)", title="keep rate")
-    rates.legend(fontsize=7)
+    key = figure.add_subplot(grid[1, 1])  # beside the rates it would hide some
+    key.axis("off")
+    key.legend(*rates.get_legend_handles_labels(), loc="upper left", fontsize=7)
     counts = [[sum(row["mask"]) for row in rows if row["task"] == name] for name in names]
     kept.hist(counts, bins=np.arange(-0.5, n_layer + 1), stacked=True, color=[f"C{i}" for i in range(len(names))])
     kept.set(xlabel=f"layers kept of {n_layer}", ylabel="prompts")
+    kept.yaxis.get_major_locator().set_params(integer=True)
     figure.suptitle(Path(seen["model"]).name)
     figure.savefig(path, dpi=120)
