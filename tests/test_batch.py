@@ -22,21 +22,6 @@ F32 = {"type_k": 0, "type_v": 0}
 MASKS = [[1, 0, 1, 1], [1, 1, 0, 1], [1, 0, 1, 1], None]
 
 
-@pytest.fixture(scope="module")
-def files(tiny_model, tmp_path_factory):
-    """prefill -> (HF folder, recipe, GGUF whose routers decide by the prompt)."""
-    from first_convert.convert import convert
-
-    root = tmp_path_factory.mktemp("batch")
-    folder, base = tiny_model("llama")
-    made = {}
-    for prefill in ("full", "skip"):
-        recipe = tiny.recipe(root / prefill, folder, seed=3, prefill=prefill)
-        convert(None, base_gguf=base, first=recipe, outfile=root / f"{prefill}.gguf")
-        made[prefill] = (folder, recipe, root / f"{prefill}.gguf")
-    return made
-
-
 def solo(path, prompt: list[int], n: int, mask=None, **kwargs) -> tuple[str, dict]:
     """Text and "first" entry of one prompt on an object of its own."""
     with FirstBatch(path, n_parallel=1, **F32) as batch:
@@ -406,6 +391,8 @@ def test_bad_requests_are_value_errors_and_others_go_on(files, tmp_path):
             {"prompts": [good], "stop": [None, ["x"]]},
             {"prompts": [good], "threshold": float("inf")},
             {"prompts": ["\ud800"]},
+            {"prompts": ["a" * 3_000_000]},
+            {"prompts": [good], "top_k": 2**32 + 1},
         ):
             with pytest.raises(InputError):
                 batch.generate(**arguments)
@@ -413,7 +400,14 @@ def test_bad_requests_are_value_errors_and_others_go_on(files, tmp_path):
         assert texts(batch.generate([good], max_tokens=4, temperature=0.0)) == expected
     with pytest.raises(RuntimeError):
         batch.generate([good])
-    for arguments in ({"n_parallel": 0}, {"n_parallel": 10000}, {"prefill": "half"}, {"threshold": float("nan")}):
+    for arguments in (
+        {"n_parallel": 0},
+        {"n_parallel": 10000},
+        {"n_ctx": 1},
+        {"n_threads": -1},
+        {"prefill": "half"},
+        {"threshold": float("nan")},
+    ):
         with pytest.raises(InputError):
             FirstBatch(path, **arguments)
     with pytest.raises(InputError, match="no such file"):

@@ -43,19 +43,6 @@ def plain(tiny_model) -> str:
     return str(tiny_model("llama")[1])
 
 
-@pytest.fixture(scope="module")
-def files(tiny_model, tmp_path_factory):
-    """prefill -> (HF folder, recipe, GGUF whose routers decide by the prompt)."""
-    root = tmp_path_factory.mktemp("eval")
-    folder, base = tiny_model("llama")
-    made = {}
-    for prefill in ("full", "skip"):
-        recipe = tiny.recipe(root / prefill, folder, seed=3, prefill=prefill)
-        convert.convert(base_gguf=base, first=recipe, outfile=root / f"{prefill}.gguf")
-        made[prefill] = (folder, recipe, str(root / f"{prefill}.gguf"))
-    return made
-
-
 def said(capfd, *argv: object) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of the command, native output included."""
     code = main([*map(str, argv)])
@@ -80,7 +67,7 @@ def test_cross_entropy_equals_torch(prefill, files, data):
     net = tiny.load(folder)
     answers: list[dict] = []
     result = evaluate(
-        [path],
+        [str(path)],
         [data],
         compare=["dense", "static:0,2", "routed", "even:2"],
         metrics=["ce"],
@@ -111,7 +98,7 @@ def test_cross_entropy_equals_torch(prefill, files, data):
 @pytest.mark.parametrize("prefill", ["full", "skip"])
 def test_answers_are_the_chats(prefill, files, data):
     """Scoring the reference in between, and what other systems have read, leave no trace in the answers."""
-    path = files[prefill][2]
+    path = str(files[prefill][2])
     answers: list[dict] = []
     evaluate([path], [data], compare=["dense", "routed", "static:1"], max_tokens=12, on_answer=answers.append, **F32)
     llm = FirstLlama(path, n_ctx=512, **F32)
@@ -292,7 +279,17 @@ def test_tasks_with_masks_of_their_own(tiny_model, tmp_path, capfd):
 
 
 def test_the_json_holds_every_score_of_every_task(files, plain, data, capfd):
-    argv = ["-m", files["full"][2], f"{plain}=static:1", "--data", data, "--compare", "dense", "routed", "random:1"]
+    argv = [
+        "-m",
+        str(files["full"][2]),
+        f"{plain}=static:1",
+        "--data",
+        data,
+        "--compare",
+        "dense",
+        "routed",
+        "random:1",
+    ]
     code, out, err = said(capfd, *argv, "-n", 6, "--exact", "--format", "json", "--seed", 4)
     assert code == 0 and err == ""
     result = json.loads(out)
@@ -334,8 +331,9 @@ def test_tables_and_files(plain, data, tmp_path, capfd):
 
 
 def test_without_a_mode_files_are_routed_if_they_can(files, plain):
-    assert [s.mode for s in plan([files["full"][2], plain])] == ["routed", "dense"]
-    systems = plan([plain], ["dense", f"{files['full'][2]}=routed", files["skip"][2]])
+    full, skip = (str(files[prefill][2]) for prefill in ("full", "skip"))
+    assert [s.mode for s in plan([full, plain])] == ["routed", "dense"]
+    systems = plan([plain], ["dense", f"{full}=routed", skip])
     assert [s.name for s in systems] == ["f32 dense", "full routed", "skip routed"]
 
 

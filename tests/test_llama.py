@@ -22,27 +22,6 @@ F32 = {"type_k": 0, "type_v": 0, "n_ctx": 256}
 GREEDY = {"temperature": 0.0, "max_tokens": 8}
 
 
-@pytest.fixture(scope="module")
-def files(tiny_model, tmp_path_factory):
-    """prefill -> (HF folder, recipe, GGUF whose routers decide by the prompt)."""
-    from first_convert.convert import convert
-
-    root = tmp_path_factory.mktemp("llama")
-    folder, base = tiny_model("llama")
-    made = {}
-    for prefill in ("full", "skip"):
-        recipe = tiny.recipe(
-            root / prefill,
-            folder,
-            seed=3,
-            prefill=prefill,
-            calibration={"threshold": [0.3, 0.5, 0.7], "kept": [1.0, 0.6, 0.2]},
-        )
-        convert(None, base_gguf=base, first=recipe, outfile=root / f"{prefill}.gguf")
-        made[prefill] = (folder, recipe, root / f"{prefill}.gguf")
-    return made
-
-
 def tokens_of(llm: FirstLlama, prompt: list[int], n: int = 8, **kwargs) -> list[int]:
     """Greedy tokens for a prompt of token ids."""
     found: list[int] = []
