@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import os
 import random
+import reprlib
 import threading
 import time
 import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,7 @@ class Update:
 # name -> (lowest, highest, whether the lowest itself is allowed)
 _RANGES = {
     "temperature": (0, math.inf, True),
-    "top_k": (0, math.inf, True),
+    "top_k": (0, 2**31 - 1, True),
     "top_p": (0, 1, False),
     "min_p": (0, 1, True),
     "repeat_penalty": (0, math.inf, False),
@@ -266,7 +267,10 @@ class FirstBatch:
         return self._model.vocab
 
     def tokenize(self, text: str, add_bos: bool = True) -> list[int]:
-        """Token ids of a prompt, with BOS where the model wants one and ``add_bos`` allows it."""
+        """Token ids of a prompt, with BOS where the model wants one and ``add_bos`` allows it.
+
+        Raises InputError for what is not Unicode, and for a text so long that no sequence holds it, before it is read.
+        """
         self._check_open()
         try:
             raw = text.encode("utf-8")
@@ -274,7 +278,16 @@ class FirstBatch:
             raise InputError(
                 f"the prompt is not Unicode text: character {error.start} is half a surrogate pair"
             ) from None
+        if len(raw) > 16 * self.n_ctx and len(raw) >= self._longest_token * self.n_ctx:
+            least = len(raw) // self._longest_token
+            raise InputError(f"the prompt has {least} tokens or more, a sequence holds {self.n_ctx} with the answer")
         return self._model.tokenize(raw, add_bos and self._model.add_bos_token(), True)
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Bytes of text that no token exceeds; what the vocabulary shows is never shorter than what it stands for."""
+        texts = (llama_cpp.llama_vocab_get_text(self.vocab, i) for i in range(self._model.n_vocab()))
+        return max(len(text or b"") for text in texts)
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of tokens, without control tokens and bytes that are not UTF-8."""
@@ -303,7 +316,7 @@ class FirstBatch:
             value = getattr(request, name)
             if not (low < value <= high or (closed and value == low)) or not math.isfinite(value):
                 limits = f"more than {low}" if not closed else f"{low} or more" if low == 0 else "a finite number"
-                raise InputError(f"{name} is {value}, expected {limits}" + (f", at most {high}" if high == 1 else ""))
+                raise InputError(f"{name} is {value}, expected {limits}" + f", at most {high}" * (high < math.inf))
         if request.logprobs is not None and request.logprobs < 0:
             raise InputError(f"logprobs is {request.logprobs}, expected 0 or more")
         if request.seed is not None and not 0 <= request.seed < 2**32 - 1:
@@ -731,9 +744,10 @@ def first_options(batch: FirstBatch, first: Any) -> dict[str, Any]:
     known = {"threshold": (int, float), "skip": (int, float), "dense": (bool,), "mask": (list,)}
     for name, value in first.items():
         if name not in known:
-            raise InputError(f"first: unknown field '{name}' (known: {', '.join(known)})")
-        if value is not None and (not isinstance(value, known[name]) or (name != "dense" and isinstance(value, bool))):
-            raise InputError(f"first.{name} is {value!r}")
+            raise InputError(f"first: unknown field {reprlib.repr(name)} (known: {', '.join(known)})")
+        wrong = not isinstance(value, known[name]) or (name != "dense" and isinstance(value, bool))
+        if value is not None and (wrong or (isinstance(value, (int, float)) and not abs(value) < 1e9)):
+            raise InputError(f"first.{name} is {reprlib.repr(value)}")
     given = {name: value for name, value in first.items() if value is not None and value is not False}
     if len(given) > 1:
         raise InputError(f"first: {' and '.join(given)} exclude each other")

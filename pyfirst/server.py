@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import queue
+import reprlib
 import threading
 import time
 import uuid
@@ -19,7 +20,9 @@ from fastapi import FastAPI, HTTPException
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pyfirst.batch import FirstBatch, Request, Update, first_options
 from pyfirst.chat import ChatTemplate
@@ -29,14 +32,41 @@ from pyfirst.llama import Routing
 
 # The likeliest tokens that a request may ask for at each place, as at OpenAI.
 MAX_LOGPROBS = 20
+# Each is looked for after every token.
+MAX_STOPS = 64
+# Bytes of a request: 64 prompts of 8000 tokens are about 2 MB.
+MAX_BODY = 8 * 2**20
 
 
-class Common(BaseModel):
-    """What both kinds of completion take; anything else is refused, so that no setting is lost in silence."""
+class _Body(BaseModel):
+    """Unknown fields are refused, so that no setting is lost in silence; null is as good as absent.
 
-    model_config = ConfigDict(extra="forbid")
+    Of long lists the entries are not checked here: pydantic keeps a record of each that is wrong.
+    """
 
-    model: str | None = None
+    model_config = ConfigDict(strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        given = {name: value for name, value in data.items() if value is not None}
+        for name in given.keys() - cls.model_fields.keys():
+            raise ValueError(f"unknown field {reprlib.repr(name)} (known: {', '.join(cls.model_fields)})")
+        return given
+
+
+class StreamOptions(_Body):
+    """How a stream ends."""
+
+    include_usage: bool = False
+
+
+class Common(_Body):
+    """What both kinds of completion take."""
+
+    model: str | None = Field(None, max_length=256)
     temperature: float = 0.8
     top_p: float = 0.95
     top_k: int = 40
@@ -45,9 +75,9 @@ class Common(BaseModel):
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | list[Any] = []
     stream: bool = False
-    stream_options: dict[str, Any] | None = None
+    stream_options: StreamOptions = StreamOptions()
     n: int = Field(1, ge=1)
     user: str | None = None
     first: dict[str, Any] = {}
@@ -56,7 +86,7 @@ class Common(BaseModel):
 class CompletionRequest(Common):
     """POST /v1/completions."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | list[Any]
     max_tokens: int = 16
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
@@ -64,7 +94,7 @@ class CompletionRequest(Common):
 class ChatRequest(Common):
     """POST /v1/chat/completions."""
 
-    messages: list[dict[str, Any]]
+    messages: list[Any]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
@@ -223,8 +253,10 @@ class Engine:
 
 
 def _options(engine: Engine, body: Common) -> dict[str, Any]:
-    """The part of a Request that does not depend on the kind of completion."""
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    """The part of a Request that does not depend on the kind of completion. Raises InputError."""
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop
+    if len(stop) > MAX_STOPS or not all(isinstance(text, str) for text in stop):
+        raise InputError(f"stop: expected a text, or a list of at most {MAX_STOPS}")
     return {
         "temperature": body.temperature,
         "top_p": body.top_p,
@@ -239,6 +271,39 @@ def _options(engine: Engine, body: Common) -> dict[str, Any]:
     }
 
 
+def _prompts(prompt: str | list[Any]) -> list[str | list[int]]:
+    """The prompts of a request: a text, token ids, or a list of one of these. Raises InputError."""
+
+    def ids(value: Any) -> bool:
+        return isinstance(value, list) and all(type(token) is int for token in value)
+
+    if isinstance(prompt, str) or (prompt and ids(prompt)):
+        return [prompt]
+    if all(isinstance(text, str) for text in prompt) or all(ids(tokens) for tokens in prompt):
+        return prompt
+    raise InputError("prompt: expected a text, token ids, or a list of one of these")
+
+
+class _Limited:
+    """Refuses to read more than MAX_BODY bytes of a request."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        n_read = 0
+
+        async def counted() -> Message:
+            nonlocal n_read
+            message = await receive()
+            n_read += len(message.get("body", b""))
+            if n_read > MAX_BODY:
+                raise HTTPException(413, f"the request has more than {MAX_BODY} bytes")
+            return message
+
+        await self.app(scope, counted, send)
+
+
 def create_app(engine: Engine) -> FastAPI:
     """The ASGI application; the engine is closed when the server ends."""
 
@@ -248,6 +313,7 @@ def create_app(engine: Engine) -> FastAPI:
         engine.close()
 
     app = FastAPI(title="pyfirst", lifespan=lifespan)
+    app.add_middleware(_Limited)
     batch = engine.batch
     name = Path(batch.model_path).stem
     started = int(time.time())
@@ -259,7 +325,7 @@ def create_app(engine: Engine) -> FastAPI:
 
     def error_body(status: int, message: str) -> JSONResponse:
         kind = "invalid_request_error" if status < 500 else "server_error"
-        return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status)
+        return JSONResponse({"error": {"message": message[:1000], "type": kind, "param": None, "code": None}}, status)
 
     @app.exception_handler(InputError)
     async def wrong_input(_: HttpRequest, error: InputError) -> Response:
@@ -268,17 +334,22 @@ def create_app(engine: Engine) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def wrong_body(_: HttpRequest, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        return error_body(400, f"{'.'.join(str(x) for x in first['loc'][1:])}: {first['msg']}")
+        where, what = ".".join(str(x) for x in first["loc"]), first["msg"].removeprefix("Value error, ")
+        if first["type"] == "json_invalid":
+            where, what = f"{where} is not JSON", first["ctx"]["error"]
+        return error_body(400, f"{where}: {what}")
 
-    @app.exception_handler(HTTPException)
-    async def http_error(_: HttpRequest, error: HTTPException) -> Response:
+    @app.exception_handler(StarletteHTTPException)
+    async def http_error(_: HttpRequest, error: StarletteHTTPException) -> Response:
         return error_body(error.status_code, str(error.detail))
 
     @app.exception_handler(RuntimeError)
     async def our_fault(_: HttpRequest, error: RuntimeError) -> Response:
         return error_body(503 if engine.closed else 500, str(error))
 
-    def submit(prompts: list[list[int]], max_tokens: int, logprobs: int | None, body: Common) -> list[_Job]:
+    async def submit(
+        prompts: list[Any], max_tokens: int, logprobs: int | None, body: Common, add_bos: bool = True
+    ) -> list[_Job]:
         """n choices of each prompt; with a seed each has its own, the first the one that was asked for."""
         count = len(prompts) * body.n
         if count > engine.max_waiting:
@@ -286,9 +357,12 @@ def create_app(engine: Engine) -> FastAPI:
                 f"{len(prompts)} prompts with n={body.n} are {count} answers, at most {engine.max_waiting}"
             )
         options = _options(engine, body)
-        requests = [Request(t, max_tokens=max_tokens, logprobs=logprobs, **options) for t in prompts]
-        for request in requests:
-            batch.check(request)
+        requests = []
+        for prompt in prompts:
+            # A long text takes its time, and other clients are served meanwhile.
+            tokens = await asyncio.to_thread(batch.tokenize, prompt, add_bos) if isinstance(prompt, str) else prompt
+            requests.append(Request(tokens, max_tokens=max_tokens, logprobs=logprobs, **options))
+            batch.check(requests[-1])
         if engine.n_waiting + count > engine.max_waiting:
             raise HTTPException(503, f"{engine.n_waiting} requests are waiting already; try again later")
         seeds = [None if body.seed is None else (body.seed + i) % (2**32 - 1) for i in range(body.n)]
@@ -381,7 +455,7 @@ def create_app(engine: Engine) -> FastAPI:
                     }
                     yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
                     await asyncio.sleep(0)  # lets the loop notice a client that has hung up
-                if (body.stream_options or {}).get("include_usage"):
+                if body.stream_options.include_usage:
                     last = {"object": kind + (".chunk" if chat else ""), "choices": [], "usage": usage(jobs, body.n)}
                     yield f"data: {json.dumps({**base, **last})}\n\n"
                 yield "data: [DONE]\n\n"
@@ -392,12 +466,10 @@ def create_app(engine: Engine) -> FastAPI:
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
-        single = isinstance(body.prompt, str) or (body.prompt and isinstance(body.prompt[0], int))
-        prompts: list[Any] = [body.prompt] if single else list(body.prompt)
+        prompts = _prompts(body.prompt)
         if not all(prompts) or not prompts:
             raise InputError("the prompt is empty: at least one token must decide")
-        tokens = [batch.tokenize(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-        jobs = submit(tokens, body.max_tokens, body.logprobs, body)
+        jobs = await submit(prompts, body.max_tokens, body.logprobs, body)
         return await respond(http, body, jobs, [batch.answer_start(prompt) for prompt in prompts])
 
     @app.post("/v1/chat/completions")
@@ -406,11 +478,11 @@ def create_app(engine: Engine) -> FastAPI:
             raise InputError(template_error)
         if body.top_logprobs is not None and not body.logprobs:
             raise InputError("top_logprobs needs logprobs: true")
-        tokens = batch.tokenize(template.render(body.messages), add_bos=False)
+        prompt = await asyncio.to_thread(template.render, body.messages)
         given = (body.max_completion_tokens, body.max_tokens, batch.n_ctx)
         limit = next(n for n in given if n is not None)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return await respond(http, body, submit([tokens], limit, logprobs, body), None)
+        return await respond(http, body, await submit([prompt], limit, logprobs, body, add_bos=False), None)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

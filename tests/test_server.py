@@ -236,10 +236,31 @@ def test_the_first_field_decides_layers(client, model):
     assert first(skip=0.0)[1]["kept"] >= first(skip=0.8)[1]["kept"]
 
 
-def test_bad_requests_are_400_and_the_server_goes_on(server, client):
+@contextlib.contextmanager
+def bystander(client, model):
+    """A client whose answers must stay what they are alone, whatever others send meanwhile."""
+    truth = alone(model, ["the quick brown fox"], 20)[0]["choices"][0]["text"]
+    answers, done = [], threading.Event()
+
+    def ask() -> None:
+        arguments = {"model": "any", "prompt": "the quick brown fox", "max_tokens": 20, "temperature": 0}
+        while not done.is_set():
+            answers.append(client.completions.create(**arguments).choices[0].text)
+
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(ask)
+        try:
+            yield
+        finally:
+            done.set()
+        asking.result()
+    assert answers and set(answers) == {truth}
+
+
+def test_bad_requests_are_400_and_the_server_goes_on(server, client, model):
     url = server[0]
     good = {"prompt": "the quick", "max_tokens": 2, "temperature": 0}
-    for path, body in (
+    bad = (
         ("completions", {**good, "prompt": ""}),
         ("completions", {**good, "prompt": []}),
         ("completions", {**good, "prompt": "the quick " * 200}),
@@ -278,19 +299,77 @@ def test_bad_requests_are_400_and_the_server_goes_on(server, client):
         ("chat/completions", {"messages": [{"content": "hi"}]}),
         ("chat/completions", {"messages": []}),
         ("chat/completions", {"messages": "hello"}),
+        ("chat/completions", {"messages": [5] * 200_000}),
         ("chat/completions", {}),
-    ):
-        raw = json.dumps(body).encode()  # httpx would refuse half a surrogate pair and NaN itself
-        answer = httpx.post(f"{url}/v1/{path}", content=raw, headers={"content-type": "application/json"})
-        assert answer.status_code == 400, (path, body, answer.text)
-        assert answer.json()["error"]["message"]
+        ("completions", {**good, "prompt": [True]}),
+        ("completions", {**good, "prompt": [5.5] * 200_000}),
+        ("completions", {**good, "prompt": ["a"] * 200_000}),
+        ("completions", {**good, **{f"unknown{i}": i for i in range(50_000)}}),
+        ("completions", {**good, "n": "2"}),
+        ("completions", {**good, "n": True}),
+        ("completions", {**good, "n": 10**30}),
+        ("completions", {**good, "max_tokens": -1}),
+        ("completions", {**good, "max_tokens": True}),
+        ("completions", {**good, "temperature": "hot"}),
+        ("completions", {**good, "temperature": 10**400}),
+        ("completions", {**good, "top_k": 2**32 + 1}),
+        ("completions", {**good, "stop": 3}),
+        ("completions", {**good, "stop": [["a"]]}),
+        ("completions", {**good, "stop": ["x"] * 65}),
+        ("completions", {**good, "model": "x" * 300}),
+        ("completions", {**good, "stream": 5}),
+        ("completions", {**good, "stream": True, "stream_options": {"usage": True}}),
+        ("completions", {**good, "first": {"threshold": 10**400}}),
+        ("completions", {**good, "first": {"threshold": float("nan")}}),
+        ("completions", {**good, "first": {"mask": [True] * 100_000}}),
+        ("completions", 5),
+        ("completions", None),
+    )
+    with bystander(client, model):
+        for path, body in bad:
+            raw = json.dumps(body).encode()  # httpx would refuse half a surrogate pair and NaN itself
+            answer = httpx.post(f"{url}/v1/{path}", content=raw, headers={"content-type": "application/json"})
+            assert answer.status_code == 400, (path, raw[:200], answer.text)
+            assert 0 < len(answer.json()["error"]["message"]) <= 1000
     too_long = httpx.post(f"{url}/v1/completions", json={**good, "prompt": [5] * 200}).json()
     assert "200 tokens" in too_long["error"]["message"] and str(CONTEXT) in too_long["error"]["message"]
     short = httpx.post(f"{url}/v1/completions", json={**good, "first": {"mask": [True]}}).json()
     assert "[1]" in short["error"]["message"] and "4 layers" in short["error"]["message"]
-    assert httpx.post(f"{url}/v1/completions", content=b"{not json").status_code == 400
-    assert httpx.get(f"{url}/v1/nowhere").status_code == 404
     assert client.completions.create(model="any", **good).choices[0].text is not None
+    nulls = dict.fromkeys(("temperature", "stop", "n", "first", "logit_bias"))
+    assert httpx.post(f"{url}/v1/completions", json={**good, **nulls}).status_code == 200
+
+
+def test_bad_bodies_are_refused_and_the_server_goes_on(server, client, model):
+    """Not JSON, not text, too large; nothing is read for longer than it takes to see that it does not fit."""
+    url, process, _ = server
+    target, kind = f"{url}/v1/completions", {"content-type": "application/json"}
+    whole = json.dumps({"prompt": "a" * 9_000_000}).encode()
+    with bystander(client, model):
+        before = psutil.Process(process.pid).memory_info().rss
+        for raw, status in (
+            (b"", 400),
+            (b"{not json", 400),
+            (b'{"prompt": "the', 400),
+            (b'{"prompt": "\xff\xfe"}', 400),
+            (b'{"prompt":' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400),
+            (b'{"prompt": "a", "max_tokens": 1' + b"0" * 5000 + b"}", 400),
+            (whole, 413),
+            (b'{"prompt": [' + b"5," * 20_000_000 + b"5]}", 413),
+            ((whole[i : i + 500_000] for i in range(0, len(whole), 500_000)), 413),  # of unknown length
+        ):
+            answer = httpx.post(target, content=raw, headers=kind, timeout=30)
+            assert answer.status_code == status and answer.json()["error"]["message"]
+        for character in ("a", " ", "1", "日", "\n"):
+            answer = httpx.post(target, json={"prompt": character * 2_000_000}, timeout=30)
+            assert answer.status_code == 400
+            found = re.search(r"has (\d+) tokens or more, a sequence holds 128", answer.json()["error"]["message"])
+            assert found and int(found[1]) >= CONTEXT
+        assert psutil.Process(process.pid).memory_info().rss - before < 100e6
+    assert httpx.post(target, content=b"5", headers={"content-type": "text/plain"}).status_code == 400
+    for method, path, status in (("GET", "/v1/nowhere", 404), ("GET", "/v1/completions", 405)):
+        answer = httpx.request(method, url + path)
+        assert answer.status_code == status and answer.json()["error"]["message"]
 
 
 def test_a_template_that_refuses_is_400(model, tmp_path, tiny_model):
