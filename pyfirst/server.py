@@ -52,8 +52,9 @@ class _Body(BaseModel):
         if not isinstance(data, dict):
             return data
         given = {name: value for name, value in data.items() if value is not None}
-        for name in given.keys() - cls.model_fields.keys():
-            raise ValueError(f"unknown field {reprlib.repr(name)} (known: {', '.join(cls.model_fields)})")
+        for name in given:
+            if name not in cls.model_fields:
+                raise ValueError(f"unknown field {reprlib.repr(name)} (known: {', '.join(cls.model_fields)})")
         return given
 
 
@@ -325,7 +326,8 @@ def create_app(engine: Engine) -> FastAPI:
 
     def error_body(status: int, message: str) -> JSONResponse:
         kind = "invalid_request_error" if status < 500 else "server_error"
-        return JSONResponse({"error": {"message": message[:1000], "type": kind, "param": None, "code": None}}, status)
+        shown = message[:1000].encode("utf-8", "replace").decode()  # it may repeat half a surrogate pair
+        return JSONResponse({"error": {"message": shown, "type": kind, "param": None, "code": None}}, status)
 
     @app.exception_handler(InputError)
     async def wrong_input(_: HttpRequest, error: InputError) -> Response:

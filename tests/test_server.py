@@ -378,10 +378,12 @@ def test_a_template_that_refuses_is_400(model, tmp_path, tiny_model):
     from pyfirst.server import Engine, create_app
 
     batch = FirstBatch(model, n_parallel=1, n_ctx=CONTEXT)
-    batch.metadata["tokenizer.chat_template"] = "{{ raise_exception('roles must alternate') }}"
+    batch.metadata["tokenizer.chat_template"] = "{{ raise_exception('roles must alternate: ' + messages[0]['role']) }}"
     with TestClient(create_app(Engine(batch))) as web:
-        answer = web.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]})
-        assert answer.status_code == 400 and "roles must alternate" in answer.text
+        for role in ("user", "\ud800"):
+            raw = json.dumps({"messages": [{"role": role, "content": "x"}]})
+            answer = web.post("/v1/chat/completions", content=raw, headers={"content-type": "application/json"})
+            assert answer.status_code == 400 and "roles must alternate" in answer.text
         assert web.post("/v1/completions", json={"prompt": "the", "max_tokens": 1}).status_code == 200
 
 
