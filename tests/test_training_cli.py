@@ -247,6 +247,8 @@ def test_missed_budget_is_told(folder, data, tmp_path, capsys):
         (["--lr", "nan"], "--lr"),
         (["--lora-targets", "no_such_layer"], "no_such_layer"),
         (["--phase", "lora"], "--recipe"),
+        (["--teacher", "x"], "--distill"),
+        (["--distill", "0.5", "--teacher", "/no/such/dir"], "/no/such/dir"),
         (["--static", "best"], "--static 'best'"),
         (["--static", "3"], "layer 3"),
         (["--static", "loo", "--objective", "paper"], "--objective search"),
@@ -264,10 +266,49 @@ def test_wrong_options_end_in_one_line(folder, data, tmp_path, capsys, more, wor
     assert not (tmp_path / "out").exists()
 
 
-def test_distillation_changes_the_lora(folder, data, trained, tmp_path):
-    assert main(arguments(folder, data, tmp_path / "out", "--distill", "0.5")) == 0
+@pytest.mark.parametrize("named", [True, False])
+def test_distillation_follows_a_teacher_that_stays_what_it_was(named, folder, data, trained, tmp_path, monkeypatch):
+    """Its logits are those of its own adapter with all layers, through PEFT, whatever has been trained meanwhile."""
+    from peft import PeftModel
+
+    teacher = tmp_path / "teacher"
+    same = () if named else ("--keep-checkpoints",)
+    assert main(arguments(folder, data, teacher, "--target-skip", "0", *same)) == 0
+    truth = PeftModel.from_pretrained(tiny.load(folder), teacher)
+    if not named:  # the same warm-up as in the run below
+        warm = load_file(tmp_path / ".teacher.work" / "warm-up.safetensors")
+        lora = {k.removeprefix("base."): v for k, v in warm.items() if "lora_" in k}
+        assert not truth.load_state_dict(lora, strict=False).unexpected_keys
+    batches, worst = [], []
+    loss, divergence = phases.PhaseTrainer.compute_loss, phases.distillation
+
+    def watched_loss(self, model, inputs, *args, **kwargs):
+        batches.append(inputs)
+        return loss(self, model, inputs, *args, **kwargs)
+
+    def watched_divergence(student, logits):
+        batch = batches[-1]
+        mask, labels = batch["attention_mask"], batch["labels"]
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            wanted = truth(input_ids=batch["input_ids"], attention_mask=mask, position_ids=places).logits
+        worst.append(float((logits - wanted[:, :-1][labels[:, 1:] != -100]).abs().max()))
+        return divergence(student, logits)
+
+    monkeypatch.setattr(phases.PhaseTrainer, "compute_loss", watched_loss)
+    monkeypatch.setattr(phases, "distillation", watched_divergence)
+    more = ("--teacher", str(teacher)) if named else ()
+    assert main(arguments(folder, data, tmp_path / "out", "--distill", "0.5", *more)) == 0
+    assert len(worst) == 8
+    assert max(worst) < 1e-4
     name = "adapter_model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() != (trained / name).read_bytes()
+
+
+def test_a_teacher_of_another_rank_is_refused(folder, data, trained, tmp_path, capsys):
+    more = ("--distill", "0.5", "--teacher", str(trained), "--lora-r", "4")
+    assert main(arguments(folder, data, tmp_path / "out", *more)) == 2
+    assert "expected rank 4" in capsys.readouterr().err
 
 
 def test_a_data_set_by_name(monkeypatch):

@@ -89,10 +89,16 @@ class PhaseTrainer(Trainer):
     """Trainer with the losses of ``objectives`` and batches of ``MixedSampler``."""
 
     def __init__(
-        self, model: FirstModel, phase: Phase, options: argparse.Namespace, target: float, **kwargs: Any
+        self,
+        model: FirstModel,
+        phase: Phase,
+        options: argparse.Namespace,
+        target: float,
+        teacher: Mapping[str, torch.Tensor] | None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(model=model, **kwargs)
-        self.first, self.phase, self.options, self.target = model, phase, options, target
+        self.first, self.phase, self.options, self.target, self.teacher = model, phase, options, target, teacher
         self.kept: list[float] = []
         self.losses: list[float] = []
         self.scores: list[torch.Tensor] = []
@@ -122,6 +128,10 @@ class PhaseTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         first = self.first
+        wiser = None
+        if self.teacher is not None and not self.phase.dense and not self.phase.soft:
+            with first.with_lora(self.teacher):
+                wiser = first(**inputs, dense=True)["token_logits"]
         output = model(**inputs, dense=self.phase.dense)
         loss = output["loss"]
         free = ~first.protected
@@ -133,11 +143,9 @@ class PhaseTrainer(Trainer):
             self.masks.extend(map(tuple, output["keep"].tolist()))
             if self.phase.soft:
                 loss = paper_loss(loss, output["scores"][:, free], self.options.penalty)
-            elif self.options.distill:
-                with torch.no_grad():
-                    teacher = first(**inputs, dense=True)["token_logits"]
+            elif wiser is not None:
                 share = self.options.distill
-                loss = (1 - share) * loss + share * distillation(output["token_logits"], teacher)
+                loss = (1 - share) * loss + share * distillation(output["token_logits"], wiser)
             if self.phase.routers and not self.phase.soft:
                 loss = hard_gate_loss(loss, output["scores"][:, free], self.target, weight=10.0)
         self.losses.append(float(output["loss"].detach()))
@@ -218,11 +226,13 @@ def run_phase(
     prepare: Callable[[], None] | None,
     work: Path,
     masks: Mapping[str, torch.Tensor],
+    teacher: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, Any]:
     """Train one phase in place; ``prepare`` runs before it, unless it resumes.
 
     Finished phases and checkpoints lie under ``work``. ``target`` is the share of unprotected layers to keep,
     ``masks`` holds for each task bool [K, L], masks to force; an example always draws the same one.
+    ``teacher`` holds the LoRA that, with all layers, is distilled from.
     Returns a record: name, steps, log lines, per-layer share kept near the end and warnings.
     """
     done = work / f"{phase.name}.safetensors"
@@ -251,6 +261,7 @@ def run_phase(
         phase,
         options,
         target,
+        teacher,
         args=TrainingArguments(
             output_dir=str(folder),
             per_device_train_batch_size=options.batch_size,

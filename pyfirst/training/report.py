@@ -26,6 +26,7 @@ PRIVATE = (
     "resume",
     "keep_checkpoints",
     "recipe",
+    "teacher",
     "save_steps",
     "note",
     "base_name",

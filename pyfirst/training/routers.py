@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -223,6 +223,24 @@ class FirstModel(nn.Module):
             raise RuntimeError(f"checkpoint does not fit: {[*missing, *result.unexpected_keys][0]}")
         result.missing_keys.clear()  # the base model's own
         return result
+
+    def lora(self) -> dict[str, nn.Parameter]:
+        """The LoRA's parameters by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if "lora_" in name}
+
+    @contextlib.contextmanager
+    def with_lora(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Inside the block, which must not need gradients, the LoRA has other weights: names as in ``lora()``."""
+        mine = self.lora()
+        own = {name: parameter.data for name, parameter in mine.items()}
+        try:
+            for name, parameter in mine.items():
+                parameter.data = weights[name]
+            with torch.no_grad():
+                yield
+        finally:
+            for name, parameter in mine.items():
+                parameter.data = own[name]
 
     def _precision(self) -> Any:
         """Autocast for a bfloat16 model: its float32 LoRA then computes in bfloat16 too, without copies."""

@@ -68,8 +68,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="with --prefill skip: prompt tokens that decide (default: 512)",
     )
     add("--router-norm", choices=NORMS, default="rms", help="normalisation before the router (default: rms)")
-    distill_help = "share of the loss that is divergence from the model with all layers (default: 0)"
+    distill_help = "share of the loss that is divergence from the teacher with all layers (default: 0)"
     add("--distill", type=float, default=0.0, metavar="SHARE", help=distill_help)
+    teacher_help = "with --distill: recipe of the same rank, trained with --target-skip 0 (default: the warm-up's LoRA)"
+    add("--teacher", metavar="DIR", help=teacher_help)
     add("--penalty", type=float, default=0.01, help="lambda of --objective paper (default: 0.01)")
     add("--max-length", type=int, default=512, help="tokens an example; longer prompts are cut (default: 512)")
     add("--hold-back", type=int, default=32, help="examples a task kept from training (default: 32)")
@@ -99,6 +101,8 @@ def check(args: argparse.Namespace) -> None:
             raise InputError(f"--{option.replace('_', '-')} is {getattr(args, option)}, expected a positive number")
     if not 0 <= args.distill <= 1:
         raise InputError(f"--distill is {args.distill}, expected a share from 0 to 1, such as 0.5")
+    if args.teacher and not args.distill:
+        raise InputError("--teacher needs --distill SHARE, such as 0.5")
     if not 0 <= args.target_skip < 1:
         raise InputError(f"--target-skip is {args.target_skip}, expected a share from 0 to below 1, such as 0.25")
     if args.phase == "lora" and not args.recipe:
@@ -141,6 +145,24 @@ def load_model(name: str, bf16: bool) -> tuple[Any, Any]:
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{name}: cannot be loaded as a causal language model ({error})") from error
     return model.eval(), tokenizer
+
+
+def teacher_of(name: str | None, model: Any) -> dict[str, Any]:
+    """LoRA weights of a recipe, or of the model as it is now, by the names of ``model.lora()``. Raises InputError."""
+    from safetensors.torch import load_file
+
+    mine = model.lora()
+    if name is None:
+        return {key: parameter.detach().clone() for key, parameter in mine.items()}
+    folder = load_recipe(name).adapter_dir
+    if folder is None:
+        raise InputError(f"--teacher {name}: a recipe without a LoRA")
+    path, ours = folder / ADAPTER_WEIGHTS_NAME, model.base.peft_config["default"]
+    stored = {f"base.{key.replace('.weight', '.default.weight')}": value for key, value in load_file(path).items()}
+    theirs = json.loads((folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
+    if (theirs["r"], theirs["lora_alpha"]) != (ours.r, ours.lora_alpha) or stored.keys() != mine.keys():
+        raise InputError(f"{path}: expected rank {ours.r}, scale {ours.lora_alpha} and the modules of this run's LoRA")
+    return {key: value.to(mine[key]) for key, value in stored.items()}
 
 
 def train(args: argparse.Namespace) -> Path:
@@ -302,14 +324,19 @@ def train(args: argparse.Namespace) -> Path:
         return {"masks": masks, "targets": targets}
 
     history = []
+    teacher = None
     for number, phase in enumerate(plan(args.phase, args.objective, steps, routed)):
+        if args.distill and teacher is None and not phase.dense:  # the LoRA that skips is soon no good with all layers
+            teacher = teacher_of(args.teacher, model)
         masks: dict[str, torch.Tensor] = {}
         if phase.masks == "depths":
             masks = dict.fromkeys(tasks, nested(order(), count, least))
         elif phase.masks:
             masks = dict(zip(tasks, once("masks", choose)["masks"][:, None], strict=True))
         prepare = prior if phase.steer and phase.routers else None
-        history.append(run_phase(model, phase, training, args, target_keep, args.seed + number, prepare, work, masks))
+        history.append(
+            run_phase(model, phase, training, args, target_keep, args.seed + number, prepare, work, masks, teacher)
+        )
 
     with torch.no_grad():  # what is measured from here on is what is stored
         for name, parameter in model.named_parameters():
