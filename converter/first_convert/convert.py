@@ -247,10 +247,9 @@ def convert(
     direct = kind in quantize.PLAIN
     middle = kind if direct else ("f32" if adapter else checkpoint.native_type())
     count = checkpoint.element_count
-    if adapter and checkpoint.embedding:
-        count += checkpoint.embedding.count  # it may untie them
-    output = int(count * _bits(checkpoint, kind) / 8) + _KEYS
-    needed = output + (0 if direct else int(count * BITS[middle] / 8) + _KEYS)
+    most = count + (checkpoint.embedding.count if adapter and checkpoint.embedding else 0)  # it may untie them
+    output = int(most * _bits(checkpoint, kind) / 8) + _KEYS
+    needed = output + (0 if direct else int(most * BITS[middle] / 8) + _KEYS)
     free = shutil.disk_usage(outfile.parent).free
     plan: dict[str, Any] = {
         "model": str(checkpoint.path),
