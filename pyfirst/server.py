@@ -36,6 +36,8 @@ MAX_LOGPROBS = 20
 MAX_STOPS = 64
 # Bytes of a request: 64 prompts of 8000 tokens are about 2 MB.
 MAX_BODY = 8 * 2**20
+# Characters that take long enough to tokenize that other clients must be served meanwhile.
+LONG_TEXT = 2_000
 
 
 class _Body(BaseModel):
@@ -361,8 +363,12 @@ def create_app(engine: Engine) -> FastAPI:
         options = _options(engine, body)
         requests = []
         for prompt in prompts:
-            # A long text takes its time, and other clients are served meanwhile.
-            tokens = await asyncio.to_thread(batch.tokenize, prompt, add_bos) if isinstance(prompt, str) else prompt
+            if not isinstance(prompt, str):
+                tokens = prompt
+            elif len(prompt) < LONG_TEXT:
+                tokens = batch.tokenize(prompt, add_bos)
+            else:
+                tokens = await asyncio.to_thread(batch.tokenize, prompt, add_bos)
             requests.append(Request(tokens, max_tokens=max_tokens, logprobs=logprobs, **options))
             batch.check(requests[-1])
         if engine.n_waiting + count > engine.max_waiting:
