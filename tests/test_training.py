@@ -172,7 +172,7 @@ def test_straight_through_is_the_gradient_of_a_gate(folder, prefill):
     output["loss"].backward()
     model.unwrap()
     gates = torch.tensor([1.0, 1.0, 0.0, 1.0], requires_grad=True)
-    routed_tokens = (batch["prompt_mask"] == 0)[..., None] if prefill == "full" else torch.ones(2, 7, 1)
+    routed_tokens = (batch["prompt_mask"] == 0)[..., None] if prefill == "full" else torch.ones(*batch["labels"].shape, 1)
 
     def blend(index, original):
         def forward(hidden, *args, **kwargs):

@@ -15,6 +15,9 @@ from torch.utils.data import Sampler
 from pyfirst.errors import InputError
 from pyfirst.tasks import read_examples
 
+# Batches are this many tokens long, or a multiple: on CPUs every new length leaves compiled kernels in memory.
+STRIDE = 16
+
 
 @dataclass
 class Example:
@@ -134,8 +137,8 @@ def hold_back(examples: Sequence[Example], per_task: int, seed: int) -> tuple[li
 
 
 def collate(examples: Sequence[Example], pad: int = 0) -> dict[str, torch.Tensor]:
-    """Right-padded int64 [B, T]: input_ids, attention_mask, prompt_mask and labels (-100: no loss)."""
-    length = max(map(len, examples))
+    """Int64 [B, T], padded on the right: input_ids, attention_mask, prompt_mask and labels (-100: no loss)."""
+    length = -(-max(map(len, examples)) // STRIDE) * STRIDE
     shape = (len(examples), length)
     batch = {
         "input_ids": torch.full(shape, pad),

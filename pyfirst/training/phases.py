@@ -27,7 +27,7 @@ from pyfirst.training.routers import FirstModel
 
 # Non-finite steps in a row after which training is given up.
 BAD_STEPS = 5
-# Steps after which memory that batches of all sizes left in pieces goes back: it grows to gigabytes otherwise.
+# Steps after which memory that lies about in pieces goes back to the system.
 TRIM = 5
 # Masks remembered to tell whether routing has collapsed.
 MEMORY = 500
