@@ -651,9 +651,9 @@ def test_large_router_bias_is_stored_as_it_is(tiny_model, tmp_path):
 def test_verbose_shows_where_the_quantiser_failed(tmp_path, capfd, processes):
     model = tiny.make("llama", tmp_path / "hf", hidden_size=256, intermediate_size=512, num_hidden_layers=2)
     args = [str(model), "--outfile", str(tmp_path / "out.gguf"), "--outtype", "iq1_s", "--verbose"]
-    with pytest.raises(InputError, match="needs --imatrix"):
-        main(args)
-    assert "quantize.py" in capfd.readouterr().err
+    assert main(args) == 2
+    err = capfd.readouterr().err
+    assert "quantize.py" in err and "needs --imatrix" in err.splitlines()[-1]
 
 
 def test_nan_in_the_source_is_named(tiny_model, tmp_path, capsys):

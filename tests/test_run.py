@@ -331,6 +331,12 @@ def test_wrong_input_is_one_line_and_exit_code_2(options, message, routed, plain
     assert message.format(**places) in err
 
 
+def test_verbose_adds_the_traceback_and_changes_nothing_else(tmp_path, capfd):
+    code, out, err = said(capfd, "-m", tmp_path / "missing.gguf", "-p", PROMPT, "--verbose")
+    assert code == 2 and out == "" and "Traceback" in err
+    assert err.splitlines()[-1].startswith("first-run: error: ") and "missing.gguf" in err.splitlines()[-1]
+
+
 def test_skip_needs_calibration(tiny_model, tmp_path, capfd):
     folder, path = tiny_model("llama")
     recipe = tiny.recipe(tmp_path / "recipe", folder, mask=[1, 1, 0, 1])

@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -120,7 +121,7 @@ def run(
         return 0
     except Exception as error:
         if args.verbose:
-            raise
+            traceback.print_exc()
         expected = isinstance(error, (ValueError, OSError, ImportError))
         text = " ".join(str(error).split()) or type(error).__name__
         hint = "" if expected else " (unexpected; --verbose shows where)"
