@@ -172,12 +172,12 @@ def test_straight_through_is_the_gradient_of_a_gate(folder, prefill):
     output["loss"].backward()
     model.unwrap()
     gates = torch.tensor([1.0, 1.0, 0.0, 1.0], requires_grad=True)
-    routed_tokens = (batch["prompt_mask"] == 0)[..., None] if prefill == "full" else torch.ones(*batch["labels"].shape, 1)
+    routed_tokens = torch.ones_like(batch["labels"]) if prefill == "skip" else 1 - batch["prompt_mask"]
 
     def blend(index, original):
         def forward(hidden, *args, **kwargs):
             new = original(hidden, *args, **kwargs)
-            return hidden + torch.where(routed_tokens.bool(), gates[index], 1.0) * (new - hidden)
+            return hidden + torch.where(routed_tokens[..., None].bool(), gates[index], 1.0) * (new - hidden)
 
         return forward
 
