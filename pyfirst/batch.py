@@ -194,6 +194,7 @@ class FirstBatch:
             model_params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
         with native.explained(self.model_path):
             self._model = internals.LlamaModel(path_model=self.model_path, params=model_params, verbose=verbose)
+        native.check_vocab(self._model.vocab, self.model_path)
         self.metadata: dict[str, str] = self._model.metadata()
         self.n_ctx = n_ctx = min(sizes.n_ctx, self._model.n_ctx_train() or sizes.n_ctx)
         self.n_layer: int = llama_cpp.llama_model_n_layer(self._model.model)

@@ -236,10 +236,8 @@ class FirstLlama(llama_cpp.Llama):
             raise RuntimeError("this FirstLlama is closed")
 
     def _check_vocab(self) -> None:
-        """llama.cpp would end the process."""
         self._check_open()
-        if llama_cpp.llama_vocab_type(self._model.vocab) == llama_cpp.LLAMA_VOCAB_TYPE_NONE:
-            raise InputError(f"{self.model_path}: no vocabulary in this file, so it reads and writes no text")
+        native.check_vocab(self._model.vocab, self.model_path)
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         """Token ids of UTF-8 bytes, as the parent gives them. Raises InputError for a file without a vocabulary."""

@@ -144,6 +144,14 @@ def explained(model_path: str) -> Iterator[None]:
             raise InputError(f"{model_path}: {reason}") from error
 
 
+def check_vocab(vocab: Any, model_path: str) -> None:
+    """Raise InputError for a file without a vocabulary: llama.cpp would end the process at the first text."""
+    import llama_cpp
+
+    if llama_cpp.llama_vocab_type(vocab) == llama_cpp.LLAMA_VOCAB_TYPE_NONE:
+        raise InputError(f"{model_path}: no vocabulary in this file, so it reads and writes no text")
+
+
 def token_bytes(vocab: Any, token: int) -> bytes:
     """The bytes that a token stands for; control tokens stand for none."""
     import llama_cpp

@@ -16,7 +16,7 @@ import pytest
 import tiny
 from native_model import opened
 
-from pyfirst import FirstLlama, InputError, native
+from pyfirst import FirstBatch, FirstLlama, InputError, native
 
 F32 = {"type_k": 0, "type_v": 0, "n_ctx": 256}
 GREEDY = {"temperature": 0.0, "max_tokens": 8}
@@ -747,3 +747,5 @@ def test_a_file_without_a_vocabulary_is_told_and_not_fatal(tiny_model, tmp_path)
     for prompt in ("the fox", [5, 6, 7]):
         with pytest.raises(InputError, match="no vocabulary in this file"):
             llm.create_completion(prompt, **GREEDY)
+    with pytest.raises(InputError, match="no vocabulary in this file"):
+        FirstBatch(path)
