@@ -14,9 +14,12 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 LOCK = HERE / "upstream.lock"
+# Debian 12's Python, 3.11.2, has no filters yet.
+SAFELY: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
 STAMP = ".prepared"
 
 
@@ -81,7 +84,7 @@ def prepare(directory: Path) -> Path:
     archive = download(directory)
     with tempfile.TemporaryDirectory(dir=directory) as scratch, tarfile.open(archive) as tar:
         top = archive.name.removesuffix(".tar.gz")
-        tar.extractall(scratch, filter="data")
+        tar.extractall(scratch, **SAFELY)
         fresh = Path(scratch) / top / "vendor" / "llama.cpp"
         # The sdist carries the submodule's pointer file, which would confuse git and llama.cpp's version script.
         (fresh / ".git").unlink(missing_ok=True)

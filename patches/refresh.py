@@ -59,7 +59,7 @@ def release(archive: Path, tree: Path, branch: str) -> None:
             # The sdist carries the pointer file of the submodule.
             if member.name.startswith(prefix) and member.name != prefix + ".git":
                 member.name = member.name.removeprefix(prefix)
-                tar.extract(member, tree, filter="data")
+                tar.extract(member, tree, **prepare.SAFELY)
     git(tree, "add", "--all", "--force")
     git(tree, "commit", "--quiet", "--allow-empty", "--message", archive.name)
 
