@@ -670,7 +670,9 @@ class FirstBatch:
                 self.check(request)
             except InputError as error:
                 raise InputError(f"prompt {i}: {error}") from None
-        events = self._run(requests, [self.answer_start(prompt) for prompt in prompts])
+        asked = zip(prompts, requests, strict=True)
+        starts = [0 if request.logprobs is None else self.answer_start(prompt) for prompt, request in asked]
+        events = self._run(requests, starts)
         if stream:
             return events
         done: list[dict[str, Any]] = [{} for _ in prompts]

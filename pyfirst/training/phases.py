@@ -119,8 +119,7 @@ class PhaseTrainer(Trainer):
         if self.phase.routers:
             groups += router_parameters(self.first, self.options.router_lr)
         if self.phase.lora:
-            lora = [p for n, p in self.first.named_parameters() if "lora_" in n]
-            groups.append({"params": lora, "lr": self.options.lr, "weight_decay": 0.0})
+            groups.append({"params": list(self.first.lora().values()), "lr": self.options.lr, "weight_decay": 0.0})
         self.optimizer = torch.optim.AdamW(groups)
         return self.optimizer
 
@@ -178,7 +177,7 @@ class Watch(TrainerCallback):
             return
         trainer.bad = 0
         # The routers' gradients have another scale; together they would drown the LoRA's.
-        lora = [p for n, p in trainer.first.named_parameters() if "lora_" in n and p.grad is not None]
+        lora = [p for p in trainer.first.lora().values() if p.grad is not None]
         if lora:
             torch.nn.utils.clip_grad_norm_(lora, 1.0)
 

@@ -339,9 +339,8 @@ def train(args: argparse.Namespace) -> Path:
         )
 
     with torch.no_grad():  # what is measured from here on is what is stored
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(parameter.half().to(parameter.dtype))
+        for parameter in model.lora().values():
+            parameter.copy_(parameter.half().to(parameter.dtype))
     if args.objective == "search" and args.phase != "lora":
         found = once("masks", choose)
         many = sample(FIT_EXAMPLES)
