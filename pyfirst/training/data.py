@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,8 @@ class Example:
         text: the prompt's own text.
     """
 
-    prompt: list[int]
-    response: list[int]
+    prompt: array[int]
+    response: array[int]
     task: str
     text: str
 
@@ -116,7 +117,8 @@ def load_examples(
             if len(prompt) + len(response) > max_length:
                 counts["dropped"] += 1
                 continue
-        examples.append(Example(prompt, response, row["task"], row["prompt"]))
+        # Lists of ints take ten times the memory, and data sets are large.
+        examples.append(Example(array("i", prompt), array("i", response), row["task"], row["prompt"]))
     return examples, counts
 
 
