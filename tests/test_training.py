@@ -143,6 +143,36 @@ def test_beams_keep_the_mask_of_their_prompt(folder):
 
 
 @pytest.mark.parametrize("prefill", ["full", "skip"])
+def test_beams_keep_a_mask_that_is_forced(folder, prefill):
+    model = routed(folder, prefill=prefill)
+    ids = torch.cat([prompt_of(6, 1), prompt_of(6, 2)])
+    keep = torch.tensor([[True, False, True, True], [True, True, False, True]])
+    options = {"num_beams": 3, "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    together, used = model.generate(ids, keep=keep, **options)
+    assert used.tolist() == keep.repeat_interleave(3, 0).tolist()
+    for i in range(2):
+        alone, _ = model.generate(ids[i : i + 1], keep=keep[i], **options)
+        assert alone[0].tolist() == together[i].tolist()
+
+
+@pytest.mark.parametrize("key", [{"cache_implementation": "static"}, {"prefill_chunk_size": 4}])
+def test_a_models_own_wishes_for_the_cache_do_not_count(folder, key):
+    model = routed(folder)
+    expected, _, keep = greedy(model, prompt_of(9))
+    model.inner.generation_config.update(**key)
+    found, _, used = greedy(model, prompt_of(9))
+    assert found.tolist() == expected.tolist()
+    assert used.tolist() == keep.tolist()
+
+
+def test_training_without_any_layer_is_refused(folder):
+    model = routed(folder, prefill="skip", threshold=1.0).requires_grad_(False)
+    model.layers[1].requires_grad_(True)
+    with pytest.raises(InputError, match="every layer"):
+        model(**collate([Example([5, 6, 7], [8, 2], "a", "")]))
+
+
+@pytest.mark.parametrize("prefill", ["full", "skip"])
 def test_training_forward_is_generation(folder, prefill):
     """The teacher-forced pass gives the logits that cached decoding gives under the routers' own masks."""
     model = routed(folder, prefill=prefill)

@@ -34,6 +34,7 @@ from pyfirst.errors import InputError
 from pyfirst.recipe import Recipe
 
 RMS_EPS = 1e-6
+NO_LAYER = "every layer was skipped; lower the threshold or protect a layer"
 
 
 class Routers(nn.Module):
@@ -302,13 +303,14 @@ class FirstModel(nn.Module):
         is given only where its gradient is wanted.
         """
         score = None
-        if route.deciding is not None:
-            if route.deciding.shape[0] != hidden.shape[0]:  # beam search repeats the rows
-                times = hidden.shape[0] // route.deciding.shape[0]
+        times = hidden.shape[0] // route.keep.shape[0]
+        if times > 1:  # beams, or several answers to a prompt
+            route.keep = route.keep.repeat_interleave(times, 0)
+            if route.deciding is not None:
                 route.deciding = route.deciding.repeat_interleave(times, 0)
-                route.keep = route.keep.repeat_interleave(times, 0)
-                if route.routed is not None:
-                    route.routed = route.routed.repeat_interleave(times, 0)
+            if route.routed is not None:
+                route.routed = route.routed.repeat_interleave(times, 0)
+        if route.deciding is not None:
             tokens = self.routers.token_scores(index, hidden)
             score = masked_mean(tokens, route.deciding)
             route.scores.append(score)
@@ -436,6 +438,8 @@ class FirstModel(nn.Module):
             return {**result, "logits": logits}
         targets = labels[wanted.roll(1, 1)]
         token_loss = nn.functional.cross_entropy(logits[0].float(), targets, reduction="none")
+        if torch.is_grad_enabled() and not token_loss.requires_grad and any(p.requires_grad for p in self.parameters()):
+            raise InputError(NO_LAYER)
         result.update({"token_loss": token_loss, "token_logits": logits[0], "rows": wanted.nonzero()[:, 0]})
         return {**result, "loss": token_loss.mean()}
 
@@ -518,11 +522,13 @@ class FirstModel(nn.Module):
 
         def decided(*_: Any) -> None:
             if not bool(route.keep.any(1).all()):
-                raise InputError("every layer was skipped; lower the threshold or protect a layer")
+                raise InputError(NO_LAYER)
             self._pass = Pass(None, None, route.keep)
 
         name = "cache" if "cache" in self._parameters_of_forward else "past_key_values"
         kwargs.update({"use_cache": True, name: RoutedCache(config=self.inner.config)})
+        # A model's own generation config may ask for another cache, or for a prompt in pieces.
+        kwargs.update({"cache_implementation": None, "prefill_chunk_size": None})
         hook = self.inner.register_forward_hook(decided)
         self._pass = route
         try:
