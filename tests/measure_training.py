@@ -80,7 +80,7 @@ def speed(model_dir: str, examples: int, length: int) -> dict[str, float]:
                 file.write(json.dumps(row) + "\n")
         steps = max(1, examples // 8)
         options = ["-m", model_dir, "--data", str(path), "--out", f"{folder}/out", "--steps", str(steps), "--bf16"]
-        options += ["--batch-size", "4", "--grad-accum", "2", "--hold-back", "4", "--prior-examples", "4"]
+        options += ["--batch-size", "2", "--grad-accum", "4", "--hold-back", "4", "--prior-examples", "4"]
         started = time.monotonic()
         out = train(build_parser().parse_args(options))
         log = load_recipe(out).config.training["phases"][-1]["log"]
