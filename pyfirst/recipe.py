@@ -97,6 +97,7 @@ class FirstConfig:
             "protected",
             f"a list of layer indices from 0 to {self.block_count - 1}",
         )
+        check(isinstance(self.training, dict), "training", "an object")
         calibration = self.calibration
         check(
             isinstance(calibration, dict)

@@ -42,7 +42,7 @@ def read_examples(
         except UnicodeDecodeError as error:
             raise InputError(f"{where}: not UTF-8 text (byte {error.start})") from None
         except ValueError as error:
-            raise InputError(f"{where}: not valid JSON ({error})") from None
+            raise InputError(f"{where}: not valid JSON ({error}); expected one object a line") from None
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
             raise InputError(f"{where}: expected an object with a text 'prompt'")
         references = row.get("references", [row["response"]] if "response" in row else None)
@@ -52,6 +52,10 @@ def read_examples(
             raise InputError(f"{where}: expected 'references', a list of texts, or a text 'response'")
         if not all(isinstance(text, str) and text.strip() for text in references):
             raise InputError(f"{where}: the response or a reference is not a text, or empty")
+        try:
+            "".join([row["prompt"], *references]).encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{where}: half of a UTF-16 pair (\\ud800 to \\udfff), which is not a character") from None
         task = str(row.get("task", path.name.split(".")[0]))
         examples.append(Example(task, row["prompt"], references, where))
     if not examples:

@@ -266,6 +266,8 @@ def test_routers_come_back_bit_equal_and_wrong_ones_are_refused(folder, tmp_path
     back = load_recipe(tmp_path)
     assert back.weight.tobytes() == weight.tobytes()
     assert back.bias.tobytes() == bias.tobytes()
+    with pytest.raises(InputError, match="'training' is"):
+        save_recipe(tmp_path, FirstConfig(4, tiny.WIDTH, training=[]), weight, bias)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"6 layers.*4 layers"):
         FirstModel(tiny.load(folder), Routers(6, tiny.WIDTH))
     with pytest.raises(InputError, match="width 32"):

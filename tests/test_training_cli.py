@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pyfirst.errors import InputError
 from pyfirst.recipe import load_recipe
 from pyfirst.training import phases, report
 from pyfirst.training.data import MixedSampler, encode, hold_back, load_examples, read_jsonl, read_rows
+from pyfirst.training.objectives import steer
 from pyfirst.training.routers import FirstModel, Routers
 from pyfirst.training.train import build_parser, main, protected_layers, train
 
@@ -121,8 +122,32 @@ def test_resumed_is_bit_equal(folder, data, trained, tmp_path, monkeypatch, name
         assert (out / file).read_bytes() == (trained / file).read_bytes()
 
 
+def test_resuming_another_run_is_refused(folder, data, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    argv = arguments(folder, data, out, "--save-steps", "1")
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(phases.Watch, "on_save", stop)
+    assert main(argv) == 130
+    monkeypatch.undo()
+    other = tmp_path / "other.jsonl"
+    other.write_text(data.read_text(encoding="utf-8").replace("sum", "total"), encoding="utf-8")
+    for more, words in (
+        (("--target-skip", "0.5"), "--target-skip"),
+        (("--lora-r", "4"), "before: 8, now: 4"),
+        (("--data", str(other)), "another --data"),
+    ):
+        capsys.readouterr()
+        assert main([*argv, "--resume", *more]) == 2
+        assert words in capsys.readouterr().err.splitlines()[-1]
+    assert main([*argv, "--resume", "--note", "other words for the card"]) == 0
+
+
 def test_routers_alone_then_lora_on_frozen_routers(folder, data, tmp_path):
-    assert main(arguments(folder, data, tmp_path / "routers", "--phase", "routers", "--prefill", "skip")) == 0
+    routers = ("--phase", "routers", "--prefill", "skip", "--target-skip", "0.5")
+    assert main(arguments(folder, data, tmp_path / "routers", *routers)) == 0
     first = load_recipe(tmp_path / "routers")
     assert first.adapter_dir is None
     assert first.config.prefill == "skip"
@@ -132,6 +157,10 @@ def test_routers_alone_then_lora_on_frozen_routers(folder, data, tmp_path):
     assert second.adapter_dir is not None
     assert np.array_equal(first.weight, second.weight)
     assert first.config.threshold == second.config.threshold
+    # Told of what the routers were trained with, not of defaults.
+    assert second.config.training["options"]["prefill"] == "skip"
+    assert second.config.training["options"]["target_skip"] == 0.5
+    assert second.config.training["warnings"] == []
 
 
 def test_gates_learn_with_the_lora(folder, data, tmp_path, monkeypatch):
@@ -251,6 +280,16 @@ def test_missed_budget_is_told(folder, data, tmp_path, capsys):
         (["--distill", "0.5", "--teacher", "/no/such/dir"], "/no/such/dir"),
         (["--static", "best"], "--static 'best'"),
         (["--static", "3"], "layer 3"),
+        (["--static", "0,1,2,3", "--protect", "none"], "no layer would be left"),
+        (["--target-skip", "0.9", "--protect", "none"], "4 layers of 4"),
+        (["--protect", "0,1,2,3", "--target-skip", "0"], "every layer is protected"),
+        (["--lora-alpha", "0"], "--lora-alpha"),
+        (["--lora-targets", "q_proj,no_such_layer"], "no_such_layer"),
+        (["--lora-targets", ""], "--lora-targets"),
+        (["--penalty", "nan"], "--penalty"),
+        (["--save-steps", "-1"], "--save-steps"),
+        (["--seed", "-1"], "--seed"),
+        (["--recipe", "x"], "--phase lora"),
         (["--static", "loo", "--objective", "paper"], "--objective search"),
         (["--max-length", "18"], "usable examples"),
         (["-m", "/no/such/dir"], "no such directory"),
@@ -264,6 +303,12 @@ def test_wrong_options_end_in_one_line(folder, data, tmp_path, capsys, more, wor
     assert len([line for line in lines if "error:" in line]) == 1
     assert words in lines[-1]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("epochs", ["0", "-1", "nan", "inf"])
+def test_epochs_are_a_positive_number(folder, data, tmp_path, capsys, epochs):
+    assert main(["-m", str(folder), "--data", str(data), "--out", str(tmp_path / "out"), "--epochs", epochs]) == 2
+    assert "--epochs" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -319,6 +364,10 @@ def test_a_data_set_by_name(monkeypatch):
     fake.load_dataset = lambda name, split: Table([{"prompt": name, "response": split, "other": 1}])
     monkeypatch.setitem(sys.modules, "datasets", fake)
     assert read_rows("me/mine:dev") == [{"prompt": "me/mine", "response": "dev", "task": "mine"}]
+    assert read_rows("me/mine:train[:10%]")[0]["response"] == "train[:10%]"
+    fake.load_dataset = lambda name, split: Table([{"prompt": name, "response": None}])
+    with pytest.raises(InputError, match="row 0: the prompt or the response"):
+        read_rows("me/mine")
     Table.column_names = ("prompt", "text")
     with pytest.raises(InputError, match="no column 'response'"):
         read_rows("me/mine")
@@ -346,6 +395,8 @@ def test_two_processes_write_one_recipe(folder, data, tmp_path):
         ('{"prompt": "a"}', "expected"),
         ('["a"]', "expected"),
         ('{"prompt": "a", "response": ""}', "not a text, or empty"),
+        ('{"prompt": "a\\ud83d", "response": "b"}', "bad.jsonl:1: half of a UTF-16 pair"),
+        ('[\n{"prompt": "a", "response": "b"}\n]', "one object a line"),
     ],
 )
 def test_wrong_data_names_the_line(tmp_path, text, words):
@@ -361,6 +412,87 @@ def test_what_is_no_model_is_refused(folder, data, trained, tmp_path, capsys):
     assert main(arguments(tmp_path, data, tmp_path / "out")) == 2
     assert main(arguments(folder, data, trained)) == 2
     assert "--force" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [("missing", "lack model.layers.1.mlp.up_proj.weight"), ("short", r"[127, 64]"), ("cut", "cannot be loaded")],
+)
+def test_weights_that_do_not_fit_are_never_made_up(data, tmp_path, capsys, change, words):
+    model = tiny.make("llama", tmp_path / "model")
+    path, name = model / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(path)
+    if change == "missing":
+        del tensors[name]
+    elif change == "short":
+        tensors[name] = tensors[name][:-1].clone()
+    save_file(tensors, path, metadata={"format": "pt"})
+    if change == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    assert main(arguments(model, data, tmp_path / "out")) == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("objective", ["search", "paper"])
+def test_a_model_that_is_not_finite_leaves_no_recipe(data, tmp_path, capsys, objective):
+    model = tiny.make("llama", tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    more = ("--steps", "2", "--target-skip", "0", "--objective", objective)
+    assert main(arguments(model, data, tmp_path / "out", *more)) == 2
+    assert "values that are not finite" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokenizers_that_do_not_do(data, tmp_path, capsys):
+    assert main(arguments(tiny.make("llama", tmp_path / "few", vocab_size=100), data, tmp_path / "out")) == 2
+    assert "the model has 100" in capsys.readouterr().err
+    model = tiny.make("llama", tmp_path / "endless")
+    path = model / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    del config["eos_token"]
+    path.write_text(json.dumps(config), encoding="utf-8")
+    (model / "chat_template.jinja").unlink()
+    assert main(arguments(model, data, tmp_path / "out")) == 2
+    assert "no eos_token" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_prompts_are_cut_to_the_models_positions(data, tmp_path, capsys):
+    model = tiny.make("gpt2", tmp_path / "model", max_position_embeddings=48)
+    path = tmp_path / "long.jsonl"
+    lines = [{"prompt": f"{i} " + "the lazy dog " * 30, "response": f"{i}"} for i in range(20)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert main(arguments(model, path, tmp_path / "out", "--phase", "routers")) == 0
+    assert (
+        "20 prompts shortened and 0 examples dropped of 20 to fit the model's 48 positions" in capsys.readouterr().err
+    )
+
+
+def test_only_recipes_are_replaced(folder, data, tmp_path, capsys, monkeypatch):
+    (tmp_path / "letters").mkdir()
+    letter = tmp_path / "letters" / "letter.txt"
+    letter.write_text("dear", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for out, words in (
+        (letter.parent, "no recipe"),
+        (letter, "not a folder"),
+        (".", "in use"),
+        (letter / "x", "letter"),
+    ):
+        assert main(arguments(folder, data, out, "--force")) == 2
+        assert words in capsys.readouterr().err.splitlines()[-1]
+    assert letter.read_text(encoding="utf-8") == "dear"
+    target = tmp_path / "target"
+    target.mkdir()
+    (tmp_path / "link").symlink_to(target)
+    assert main(arguments(folder, data, "link", "--phase", "routers")) == 0
+    assert (target / "first_config.json").is_file()
+
+
+def test_the_threshold_outlives_scores_that_are_not_finite():
+    assert steer(0.4, torch.tensor([[0.1, float("nan")]]), 0.5) == 0.4
+    assert steer(0.4, torch.tensor([[0.1, 0.2, 0.6]]), 0.5) == pytest.approx(0.3)
 
 
 def test_help_shows_an_example():
@@ -386,6 +518,7 @@ def test_long_prompts_lose_their_end_but_not_the_template():
     assert counts == {"shortened": 1, "dropped": 1}
     assert len(examples[0]) <= 60
     text = tokens.decode(examples[0].prompt)
+    assert "\ufffd" not in tokens.decode(load_examples([{**rows[0], "prompt": "日" * 50}], tokens, 59)[0][0].prompt)
     assert text.startswith("<|im_start|>user\nthe quick")
     assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
 

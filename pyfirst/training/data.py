@@ -47,7 +47,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, str]]:
 
 def read_rows(name: str) -> list[dict[str, str]]:
     """As ``read_jsonl``, or the split of a data set, ``owner/name[:split]``, with the same columns."""
-    if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:\w+)?", name) or name.endswith(".jsonl"):
+    if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:.+)?", name) or name.endswith(".jsonl"):
         return read_jsonl(name)
     try:
         from datasets import load_dataset
@@ -61,10 +61,13 @@ def read_rows(name: str) -> list[dict[str, str]]:
         raise InputError(f"{name}: cannot be loaded as a data set ({error})") from error
     if missing:
         raise InputError(f"{name}: no column '{min(missing)}', found {', '.join(table.column_names)}")
-    task = dataset.split("/")[1]
-    return [
-        {"task": task, **{k: str(v) for k, v in row.items() if k in ("prompt", "response", "task")}} for row in table
-    ]
+    rows = []
+    for number, row in enumerate(table):
+        if not all(isinstance(row[key], str) and row[key].strip() for key in ("prompt", "response")):
+            raise InputError(f"{name}: row {number}: the prompt or the response is not a text, or empty")
+        task = row.get("task", dataset.split("/")[1])
+        rows.append({"prompt": row["prompt"], "response": row["response"], "task": str(task)})
+    return rows
 
 
 def encode(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], list[int]]:
@@ -74,6 +77,8 @@ def encode(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], list[
     the response ends with what the template puts behind an answer. Without one, the tokenizer's own special
     tokens stand before the prompt and EOS behind the response. Raises InputError if the template refuses.
     """
+    if tokenizer.eos_token_id is None:
+        raise InputError("the tokenizer names no eos_token, which must end an answer; see its tokenizer_config.json")
     if not tokenizer.chat_template:
         ids = tokenizer(prompt)["input_ids"]
         if ids and ids[-1] == tokenizer.eos_token_id:
@@ -111,7 +116,7 @@ def load_examples(
             if len(ids) - excess - 2 < 4:
                 counts["dropped"] += 1
                 continue
-            text = tokenizer.decode(ids[: len(ids) - excess - 2])
+            text = tokenizer.decode(ids[: len(ids) - excess - 2]).rstrip("\ufffd")  # a character that was cut in two
             prompt, response = encode(tokenizer, text, row["response"])
             counts["shortened"] += 1
             if len(prompt) + len(response) > max_length:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,9 +49,10 @@ def steer(threshold: float, scores: torch.Tensor, target: float, rate: float = 0
 
     A budget held by a penalty oscillates, and one held by threshold += rate * (kept - target) lags behind
     routers that learn fast. The quantile is where the threshold has to go; the rate smooths over steps.
+    Scores that are not finite, of a step that is left out, move nothing.
     """
     quantile = float(scores.float().flatten().quantile(1 - target))
-    return threshold + rate * (quantile - threshold)
+    return threshold + rate * (quantile - threshold) if math.isfinite(quantile) else threshold
 
 
 def distillation(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import logging
 import math
@@ -19,7 +20,15 @@ from typing import Any
 from pyfirst.cli.common import parser, run
 from pyfirst.errors import InputError
 from pyfirst.metadata import NORMS, PREFILL_MODES
-from pyfirst.recipe import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, FirstConfig, load_recipe, save_recipe
+from pyfirst.recipe import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    CONFIG_NAME,
+    FirstConfig,
+    load_recipe,
+    read_json,
+    save_recipe,
+)
 
 # Prompts a task that the routers are fitted to.
 FIT_EXAMPLES = 64
@@ -46,8 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     length = result.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="optimizer steps of all phases together (default: one epoch)")
     length.add_argument("--epochs", type=float, help="passes over the data of all phases together")
-    add("--batch-size", type=int, default=4, help="examples a forward pass (default: 4)")
-    add("--grad-accum", type=int, default=4, help="forward passes an optimizer step (default: 4)")
+    add("--batch-size", type=int, default=2, help="examples a forward pass: memory grows with it (default: 2)")
+    add("--grad-accum", type=int, default=8, help="forward passes an optimizer step (default: 8)")
     add("--lr", type=float, default=1e-3, help="learning rate of the LoRA (default: 1e-3)")
     add("--router-lr", type=float, default=5e-3, help="learning rate of the routers (default: 5e-3)")
     add("--lora-r", type=int, default=8, help="rank (default: 8)")
@@ -96,9 +105,16 @@ def check(args: argparse.Namespace) -> None:
         raise InputError(f"--steps is {args.steps}, expected at least 1")
     if args.max_length < 16:
         raise InputError(f"--max-length is {args.max_length}, expected at least 16 tokens")
-    for option in ("lr", "router_lr"):
-        if not (getattr(args, option) > 0 and math.isfinite(getattr(args, option))):
-            raise InputError(f"--{option.replace('_', '-')} is {getattr(args, option)}, expected a positive number")
+    for option in ("lr", "router_lr", "epochs", "lora_alpha"):
+        value = getattr(args, option)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise InputError(f"--{option.replace('_', '-')} is {value}, expected a positive number")
+    if not (args.penalty >= 0 and math.isfinite(args.penalty)):
+        raise InputError(f"--penalty is {args.penalty}, expected 0 or a positive number such as 0.01")
+    if args.save_steps < 0:
+        raise InputError(f"--save-steps is {args.save_steps}, expected a number of steps, or 0 for none")
+    if not 0 <= args.seed < 2**31:
+        raise InputError(f"--seed is {args.seed}, expected 0 to {2**31 - 1}")
     if not 0 <= args.distill <= 1:
         raise InputError(f"--distill is {args.distill}, expected a share from 0 to 1, such as 0.5")
     if args.teacher and not args.distill:
@@ -107,11 +123,22 @@ def check(args: argparse.Namespace) -> None:
         raise InputError(f"--target-skip is {args.target_skip}, expected a share from 0 to below 1, such as 0.25")
     if args.phase == "lora" and not args.recipe:
         raise InputError("--phase lora needs --recipe DIR, the recipe with the routers to keep")
+    if args.recipe and args.phase != "lora":
+        raise InputError("--recipe needs --phase lora; other phases train routers of their own")
     if args.static and (args.objective != "search" or args.phase == "lora"):
         raise InputError("--static needs --objective search, and --phase both or routers")
-    out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not args.force:
-        raise InputError(f"{out}: exists and is not empty; choose another --out or add --force")
+    out = Path(args.out).resolve()
+    if not out.exists():
+        return
+    if out in (Path.cwd(), *Path.cwd().parents) or os.path.ismount(out):  # the whole folder will be replaced
+        raise InputError(f"{out}: cannot be replaced while it is in use; name a folder in it with --out")
+    if not out.is_dir():
+        raise InputError(f"{out}: not a folder; choose another --out")
+    if any(out.iterdir()):
+        if not args.force:
+            raise InputError(f"{out}: exists and is not empty; choose another --out or add --force")
+        if not (out / CONFIG_NAME).is_file():
+            raise InputError(f"{out}: no recipe, so --force does not replace it; choose another --out")
 
 
 def protected_layers(text: str, count: int) -> list[int]:
@@ -140,11 +167,31 @@ def load_model(name: str, bf16: bool) -> tuple[Any, Any]:
     if not path.is_dir() and (path.exists() or name.count("/") != 1 or name.startswith((".", "/"))):
         raise InputError(f"{path}: no such directory; expected a Hugging Face model directory")
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if bf16 else torch.float32)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        # What does not fit would get random weights, so it is asked for.
+        how: dict[str, Any] = {"dtype": dtype, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, **how)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # config, weights and tokenizer all fail in their own ways
         raise InputError(f"{name}: cannot be loaded as a causal language model ({error})") from error
+    model, found = loaded
+    if found["missing_keys"]:
+        raise InputError(f"{name}: the weights lack {min(found['missing_keys'])}; is a file missing?")
+    if found["mismatched_keys"]:
+        key, there, wanted = min(found["mismatched_keys"])
+        raise InputError(f"{name}: {key} has the shape {list(there)}, config.json wants {list(wanted)}")
     return model.eval(), tokenizer
+
+
+def lora_targets(text: str, model: Any) -> str | list[str]:
+    """Module names of ``--lora-targets``, as PEFT takes them. Raises InputError for one that the model lacks."""
+    if text == "all-linear":
+        return text
+    names = [part.strip() for part in text.split(",")]
+    for name in names:
+        if not any(module == name or module.endswith(f".{name}") for module, _ in model.named_modules() if name):
+            raise InputError(f"--lora-targets: no module '{name}' in {type(model).__name__}")
+    return names
 
 
 def teacher_of(name: str | None, model: Any) -> dict[str, Any]:
@@ -163,6 +210,40 @@ def teacher_of(name: str | None, model: Any) -> dict[str, Any]:
     if (theirs["r"], theirs["lora_alpha"]) != (ours.r, ours.lora_alpha) or stored.keys() != mine.keys():
         raise InputError(f"{path}: expected rank {ours.r}, scale {ours.lora_alpha} and the modules of this run's LoRA")
     return {key: value.to(mine[key]) for key, value in stored.items()}
+
+
+def fingerprint(examples: Sequence[Any]) -> str:
+    """Tells one set of training examples from another."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr((list(example.prompt), list(example.response), example.task)).encode())
+    return digest.hexdigest()
+
+
+def begin(work: Path, args: argparse.Namespace, data: str) -> None:
+    """Make an empty folder for checkpoints, or with --resume check that the one that lies there is of the same run.
+
+    Raises InputError where another option or data was used, OSError where nothing can be written.
+    """
+    from pyfirst.training import report
+
+    path = work / "options.json"
+    now = json.loads(json.dumps({**report.options(args, build_parser()), "data": data}))
+    if args.resume and work.is_dir():
+        before = read_json(path) if path.is_file() else now
+        for name in now:
+            if before.get(name, now[name]) != now[name] and name != "base_license":
+                what = "" if name == "data" else f" (before: {before[name]}, now: {now[name]})"
+                raise InputError(
+                    f"--resume with another --{name.replace('_', '-')} than the interrupted run{what}; "
+                    "start anew without --resume"
+                )
+        return
+    if args.resume:
+        report.say(f"no interrupted run in {work}, starting anew")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    path.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
 
 
 def train(args: argparse.Namespace) -> Path:
@@ -212,6 +293,11 @@ def train(args: argparse.Namespace) -> Path:
             f"{args.recipe}: routers for {earlier.config.block_count} layers of width "
             f"{earlier.config.embedding_length}, the model has {count} of width {width}"
         )
+    if earlier:  # what its routers were trained with, whatever the defaults are
+        own = {name: getattr(earlier.config, name) for name in ("prefill", "window", "router_norm")}
+        own["protect"] = ",".join(map(str, earlier.config.protected)) or "none"
+        own["target_skip"] = earlier.config.training.get("options", {}).get("target_skip", args.target_skip)
+        args = argparse.Namespace(**{**vars(args), **own})
     config = (
         copy.deepcopy(earlier.config)
         if earlier
@@ -224,32 +310,47 @@ def train(args: argparse.Namespace) -> Path:
             protected=protected_layers(args.protect, count),
         )
     )
-    config.base_model = args.base_name or Path(args.model).name
+    here = Path(args.model)
+    config.base_model = args.base_name or (here.resolve().name if here.is_dir() else args.model)
     unprotected = count - len(config.protected)
-    target_keep = 1 - args.target_skip * count / max(unprotected, 1)
-    if target_keep < 0:
-        raise InputError(f"--target-skip {args.target_skip}: only {unprotected} of {count} layers are unprotected")
+    removals = removals_of(args.target_skip, count)
+    if unprotected == 0:
+        raise InputError("every layer is protected, so none can be skipped; see --protect")
+    if removals > min(unprotected, count - 1) and not earlier:
+        raise InputError(
+            f"--target-skip {args.target_skip}: {removals} layers of {count}, but only {unprotected} of {count} are "
+            "unprotected and one at least must run"
+        )
+    target_keep = max(0.0, 1 - args.target_skip * count / unprotected)
+    if args.static not in (None, "loo"):
+        protected = torch.tensor([layer in config.protected for layer in range(count)])
+        if not static_mask(args.static, protected, removals, args.seed).any():
+            raise InputError(f"--static {args.static}: no layer would be left")
 
-    examples, counts = load_examples(rows, tokenizer, args.max_length)
+    longest = min(args.max_length, getattr(text_config, "max_position_embeddings", None) or args.max_length)
+    examples, counts = load_examples(rows, tokenizer, longest)
     if counts["shortened"] or counts["dropped"]:
+        limit = f"--max-length {longest}" if longest == args.max_length else f"the model's {longest} positions"
         report.say(
             f"{counts['shortened']} prompts shortened and {counts['dropped']} examples dropped "
-            f"of {len(rows)} to fit --max-length {args.max_length}"
+            f"of {len(rows)} to fit {limit}"
         )
     if len(examples) < 2:
         raise InputError(f"{args.data[0]}: {len(examples)} usable examples, training needs at least 2")
+    top, vocabulary = max(max((*e.prompt, *e.response)) for e in examples), base.get_input_embeddings().weight.shape[0]
+    if top >= vocabulary:
+        raise InputError(f"{args.model}: the tokenizer gives token {top}, the model has {vocabulary}")
     training, held = hold_back(examples, args.hold_back, args.seed)
     if not training:
-        raise InputError(f"{args.data[0]}: every example has the same prompt; nothing is left to train on")
+        raise InputError(f"{args.data[0]}: no task has two different prompts; nothing is left to train on")
     per_step = args.batch_size * args.grad_accum
     steps = args.steps or max(1, round((args.epochs or 1) * len(training) / per_step))
 
     if args.phase != "routers":
-        targets = args.lora_targets if args.lora_targets == "all-linear" else args.lora_targets.split(",")
         lora = LoraConfig(
             r=args.lora_r,
             lora_alpha=args.lora_alpha or 2 * args.lora_r,
-            target_modules=targets,
+            target_modules=lora_targets(args.lora_targets, base),
             task_type="CAUSAL_LM",
         )
         base = get_peft_model(base, lora)
@@ -268,14 +369,15 @@ def train(args: argparse.Namespace) -> Path:
         start_from(model, deltas, features, target_keep)
         report.leave_one_out_table(some, deltas)
 
-    out = Path(args.out)
+    teacher = teacher_of(args.teacher, model) if args.teacher else None
+    out = Path(args.out).resolve()
     work = out.parent / f".{out.name}.work"
     first_process = int(os.environ.get("RANK", "0")) == 0
-    if first_process and not args.resume:
-        shutil.rmtree(work, ignore_errors=True)
+    if first_process:
+        begin(work, args, fingerprint(training))
     tasks = sorted({e.task for e in training})
-    removals = removals_of(args.target_skip, count)
     least = removals // 2  # even the hardest task
+    most = min(2 * removals - least, unprotected, count - 1)  # even the easiest one
     routed = len(tasks) > 1 and not args.static and args.target_skip > 0
 
     def sample(size: int = args.prior_examples) -> list[Example]:
@@ -291,8 +393,8 @@ def train(args: argparse.Namespace) -> Path:
         elif name not in known:
             known[name] = make()
             if first_process:
-                work.mkdir(parents=True, exist_ok=True)
-                save_file(known[name], stored)
+                save_file(known[name], stored.with_suffix(".tmp"))
+                stored.with_suffix(".tmp").replace(stored)
         return known[name]
 
     def order() -> torch.Tensor:
@@ -303,7 +405,7 @@ def train(args: argparse.Namespace) -> Path:
         def find() -> dict[str, torch.Tensor]:
             some = sample()
             report.say(f"leaving out each of {unprotected} layers on {len(some)} examples of {', '.join(tasks)}")
-            return {"order": find_order(model, some, min(2 * removals - least, unprotected), args.batch_size)}
+            return {"order": find_order(model, some, most, args.batch_size)}
 
         return once("order", find)["order"]
 
@@ -324,7 +426,6 @@ def train(args: argparse.Namespace) -> Path:
         return {"masks": masks, "targets": targets}
 
     history = []
-    teacher = None
     for number, phase in enumerate(plan(args.phase, args.objective, steps, routed)):
         if args.distill and teacher is None and not phase.dense:  # the LoRA that skips is soon no good with all layers
             teacher = teacher_of(args.teacher, model)
@@ -351,9 +452,14 @@ def train(args: argparse.Namespace) -> Path:
     config.threshold = float(model.threshold)
     report.say(f"measuring on {len(held)} held-back examples")
     results = report.measure(model, held, args.batch_size)
+    if not all(math.isfinite(results.get(name, 0.0)) for name in ("base", "dense_lora", "routed")):
+        raise InputError(NOT_FINITE)
     config.calibration = report.calibration(model, held, args.batch_size)
     results["seconds"] = round(time.monotonic() - started)
     warnings = [w for entry in history for w in entry.pop("warnings")]
+    several = args.phase != "lora" and 0 < removals < unprotected and (routed or args.objective != "search")
+    if several and results["masks"] == 1 and len(held) > 1 and not any("collapsed" in w for w in warnings):
+        warnings.append("routing collapsed: every held-back prompt got the same mask")
     if abs(results["skipped"] - args.target_skip) > 0.05:
         warnings.append(f"skips {results['skipped']:.0%} of the layers, the target was {args.target_skip:.0%}")
     config.training = {
@@ -387,7 +493,8 @@ def write(out: Path, model: Any, config: FirstConfig, args: argparse.Namespace) 
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         new = Path(folder) / "new"
         if args.phase != "routers":
-            model.base.save_pretrained(new)
+            # Otherwise PEFT looks for the base model's name on the hub, to tell whether its vocabulary has grown.
+            model.base.save_pretrained(new, save_embedding_layers=False)
             path = new / ADAPTER_CONFIG_NAME
             adapter = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(adapter["target_modules"], list):  # PEFT writes a set, in any order
