@@ -122,6 +122,28 @@ def test_resumed_is_bit_equal(folder, data, trained, tmp_path, monkeypatch, name
         assert (out / file).read_bytes() == (trained / file).read_bytes()
 
 
+@pytest.mark.parametrize("broken", ["warm-up.safetensors", "lora/checkpoint-2", "lora/checkpoint-2/model.safetensors"])
+def test_what_was_half_written_is_made_again(folder, data, trained, tmp_path, monkeypatch, broken):
+    out = tmp_path / "out"
+    argv = arguments(folder, data, out, "--save-steps", "1")
+
+    def stop(self, args, state, control, **kwargs):
+        if (self.trainer.phase.name, state.global_step) == ("lora", 2):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(phases.Watch, "on_save", stop)
+    assert main(argv) == 130
+    monkeypatch.undo()
+    path = tmp_path / ".out.work" / broken
+    if path.is_dir():
+        (path / "trainer_state.json").unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-100])
+    assert main([*argv, "--resume"]) == 0
+    for file in ("first_routers.safetensors", "adapter_model.safetensors"):
+        assert (out / file).read_bytes() == (trained / file).read_bytes()
+
+
 def test_resuming_another_run_is_refused(folder, data, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     argv = arguments(folder, data, out, "--save-steps", "1")

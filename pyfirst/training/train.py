@@ -220,6 +220,23 @@ def fingerprint(examples: Sequence[Any]) -> str:
     return digest.hexdigest()
 
 
+def drop_halves(work: Path) -> None:
+    """Remove what a process was killed in writing; a checkpoint's trainer_state.json is written last."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from pyfirst.training import report
+
+    for path in [*work.glob("*.safetensors"), *work.glob("*/checkpoint-*")]:
+        try:
+            if path.is_dir():
+                read_json(path / "trainer_state.json")
+            load_file(path / "model.safetensors" if path.is_dir() else path)
+        except (InputError, OSError, SafetensorError):
+            report.say(f"{path}: not complete, removed")
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def begin(work: Path, args: argparse.Namespace, data: str) -> None:
     """Make an empty folder for checkpoints, or with --resume check that the one that lies there is of the same run.
 
@@ -238,6 +255,7 @@ def begin(work: Path, args: argparse.Namespace, data: str) -> None:
                     f"--resume with another --{name.replace('_', '-')} than the interrupted run{what}; "
                     "start anew without --resume"
                 )
+        drop_halves(work)
         return
     if args.resume:
         report.say(f"no interrupted run in {work}, starting anew")
@@ -375,6 +393,8 @@ def train(args: argparse.Namespace) -> Path:
     first_process = int(os.environ.get("RANK", "0")) == 0
     if first_process:
         begin(work, args, fingerprint(training))
+    elif args.resume:  # or this process would go on from another checkpoint than the first
+        drop_halves(work)
     tasks = sorted({e.task for e in training})
     least = removals // 2  # even the hardest task
     most = min(2 * removals - least, unprotected, count - 1)  # even the easiest one
