@@ -149,7 +149,11 @@ class Scorer(FirstLlama):
         return bool(self.metadata.get("tokenizer.chat_template"))
 
     def end_of_turn(self) -> int:
-        """The token that ends an answer: what the template puts there, else EOT, else EOS."""
+        """The token that ends an answer, as in training: what the template puts there, else EOT, else EOS.
+
+        Without a template it is EOS, as a base model has learned.
+        """
+        eot = llama_cpp.llama_vocab_eot(self._model.vocab)
         if self.has_template:
             question, reply = ({"role": role, "content": "x"} for role in ("user", "assistant"))
             try:
@@ -159,7 +163,8 @@ class Scorer(FirstLlama):
             for token in answered:
                 if self.is_eog(token):
                     return token
-        eot = llama_cpp.llama_vocab_eot(self._model.vocab)
+        elif self.token_eos() != -1:
+            return self.token_eos()
         return eot if eot != -1 else self.token_eos()
 
     def prompt_tokens(self, prompt: str) -> list[int]:
@@ -169,8 +174,9 @@ class Scorer(FirstLlama):
         return self.tokenize(prompt.encode("utf-8"), add_bos=True, special=True)
 
     def answer_tokens(self, text: str, end: int) -> list[int]:
-        """An answer as training counts it: stripped, then the end-of-turn token."""
-        return [*self.tokenize(text.strip().encode("utf-8"), add_bos=False, special=False), end]
+        """An answer as training counts it: behind a template stripped, then the end-of-turn token."""
+        text = text.strip() if self.has_template else text
+        return [*self.tokenize(text.encode("utf-8"), add_bos=False, special=False), end]
 
     def log_likelihood(self, answer: Sequence[int]) -> float:
         """Sum of log p(token) of a continuation, given what has just been read, under its mask.

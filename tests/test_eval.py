@@ -21,6 +21,8 @@ from pyfirst.evaluation import Scorer, evaluate, mode_mask, plan
 from pyfirst.layers import evenly
 from pyfirst.tasks import read_examples
 
+import llama_cpp  # isort: skip  (after pyfirst, which points it at our library)
+
 F32 = {"type_k": 0, "type_v": 0}
 ROWS = [
     {"task": "greet", "prompt": "the quick brown fox", "references": ["jumps over the lazy dog", "jumps"]},
@@ -127,14 +129,22 @@ def test_prompts_are_the_chats(plain, tiny_model):
     llm.close()
 
 
-def test_a_file_without_template_gets_plain_text(plain, data, tmp_path):
-    from first_convert.ggufio import Gguf, rewrite
+def test_a_file_without_template_gets_plain_text(plain, tiny_model, tmp_path):
+    from transformers import AutoTokenizer
+
+    from first_convert.ggufio import Entry, Gguf, rewrite
+    from pyfirst.training.data import encode
 
     path = tmp_path / "none.gguf"
-    rewrite(Gguf(plain), path, [], lambda key: key != "tokenizer.chat_template")
+    # A base model whose vocabulary has an end of turn as well, which it never saw.
+    extra = Entry("tokenizer.ggml.eot_token_id", "UINT32", 1)
+    rewrite(Gguf(plain), path, [extra], lambda key: key not in ("tokenizer.chat_template", extra.name))
     llm = Scorer(path, routing=False)
     assert llm.prompt_tokens("hello") == llm.tokenize(b"hello", add_bos=True, special=True)
-    assert llm.end_of_turn() == llm.token_eos()
+    assert llm.end_of_turn() == llm.token_eos() != llama_cpp.llama_vocab_eot(llm._model.vocab)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama")[0])
+    tokenizer.chat_template = None
+    assert llm.answer_tokens(" lazy dog", llm.end_of_turn()) == encode(tokenizer, "over the", " lazy dog")[1]
     llm.close()
 
 
