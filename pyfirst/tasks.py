@@ -56,7 +56,7 @@ def read_examples(
             "".join([row["prompt"], *references]).encode()
         except UnicodeEncodeError:
             raise InputError(f"{where}: half of a UTF-16 pair (\\ud800 to \\udfff), which is not a character") from None
-        task = str(row.get("task", path.name.split(".")[0]))
+        task = " ".join(str(row.get("task", path.name.split(".")[0])).split())  # one line, for tables
         examples.append(Example(task, row["prompt"], references, where))
     if not examples:
         raise InputError(f"{path}: no examples in it")

@@ -340,6 +340,16 @@ def test_tables_and_files(plain, data, tmp_path, capfd):
     assert len(answers) == 6 and answers[1]["system"] == "even:1" and answers[1]["skipped"] == [2]
 
 
+def test_wrong_input_leaves_the_files_of_an_earlier_run(plain, data, tmp_path, capfd):
+    out, predictions = tmp_path / "table.md", tmp_path / "answers.jsonl"
+    predictions.write_text("precious", encoding="utf-8")
+    argv = ("-m", plain, "--out", out, "--predictions", predictions, "--metrics", "ce")
+    assert said(capfd, *argv, "--data", tmp_path / "missing")[0] == 2
+    assert predictions.read_text(encoding="utf-8") == "precious" and not out.exists()
+    assert said(capfd, *argv, "--data", data)[0] == 0
+    assert len(predictions.read_text(encoding="utf-8").splitlines()) == len(ROWS) and out.exists()
+
+
 def test_without_a_mode_files_are_routed_if_they_can(files, plain):
     full, skip = (str(files[prefill][2]) for prefill in ("full", "skip"))
     assert [s.mode for s in plan([full, plain])] == ["routed", "dense"]
@@ -364,6 +374,8 @@ def test_lines_of_a_data_file(tmp_path):
     first, second = read_examples(path)
     assert first.task == "poems" and first.references == ["b"] and second.references == ["d", "e"]
     assert second.where == f"{path}:3" and len(read_examples(path, 1)) == 1
+    path.write_text(json.dumps({"task": "a\nb", "prompt": "a", "response": "b"}), encoding="utf-8")
+    assert read_examples(path)[0].task == "a b"  # a row of a table stays one line
 
 
 @pytest.mark.parametrize(

@@ -227,8 +227,15 @@ def _progress() -> Iterator[Callable[[int, int, str], None]]:
         yield update
 
 
+def _check_writable(path: str) -> None:
+    """Raise OSError for a path that cannot be written, before the work; what lies there stays as it is."""
+    fresh = not Path(path).exists()
+    Path(path).open("a").close()
+    if fresh:
+        Path(path).unlink()
+
+
 def _open(path: str) -> TextIO:
-    """A text file to write, opened before the work so that a wrong path costs nothing."""
     return Path(path).open("w", encoding="utf-8", newline="\n")
 
 
@@ -240,15 +247,17 @@ def command(args: argparse.Namespace) -> None:
 
     with contextlib.ExitStack() as stack:
         update = stack.enter_context(_progress())
-        predictions = stack.enter_context(_open(args.predictions)) if args.predictions else None
+        predictions: TextIO | None = None
 
         def on_answer(row: dict[str, Any]) -> None:
-            if predictions:
+            nonlocal predictions
+            if args.predictions:
+                predictions = predictions or stack.enter_context(_open(args.predictions))
                 predictions.write(json.dumps(row, ensure_ascii=False) + "\n")
                 predictions.flush()
 
-        if args.out:
-            Path(args.out).open("a").close()  # a wrong path must not cost the work
+        for path in filter(None, (args.out, args.predictions)):
+            _check_writable(path)
         result = evaluate(
             args.model,
             args.data,
