@@ -102,6 +102,8 @@ def pick_threshold(
         thresholds, kept = native.calibration(model)
         if not len(kept):
             raise InputError(f"{model_path}: not calibrated, so skip={skip} cannot be translated; use threshold=")
+        # Scores are above 0, so that a threshold of 0 keeps all, of which no measured point need be sure.
+        thresholds, kept = np.append(thresholds, 0.0), np.append(kept, 1.0)
         order = np.argsort(kept, kind="stable")
         return float(np.interp(1 - skip, kept[order], thresholds[order]))
     if threshold is None:

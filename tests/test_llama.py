@@ -17,6 +17,7 @@ import tiny
 from native_model import opened
 
 from pyfirst import FirstBatch, FirstLlama, InputError, native
+from pyfirst.llama import pick_threshold
 
 F32 = {"type_k": 0, "type_v": 0, "n_ctx": 256}
 GREEDY = {"temperature": 0.0, "max_tokens": 8}
@@ -188,6 +189,13 @@ def test_the_default_seed_differs_and_a_given_one_does_not(files):
 
     assert len({answer() for _ in range(4)}) > 1
     assert answer(seed=5) == answer(seed=5)
+
+
+def test_skip_is_between_what_was_measured_and_all_layers(monkeypatch):
+    points = np.array([0.3, 0.5], np.float32), np.array([0.9, 0.6], np.float32)
+    monkeypatch.setattr(native, "calibration", lambda model: points)
+    for skip, threshold in ((0, 0), (0.05, 0.15), (0.1, 0.3), (0.25, 0.4), (0.4, 0.5), (1, 0.5)):
+        assert pick_threshold(0, "x", {}, None, skip) == pytest.approx(threshold)
 
 
 def test_threshold_and_skip(files):
