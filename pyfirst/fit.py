@@ -226,16 +226,16 @@ def plan(
         scores: whether llama-cpp-python reserves logits of a whole batch.
         verbose: print the plan to stderr.
 
-    A file that cannot be read gets the defaults: whoever loads it says why. Raises InputError, with the numbers, when
-    nothing fits.
+    A file that says nothing of its size gets the defaults: whoever loads it says why. Raises InputError for a file that
+    cannot be read, and with the numbers when nothing fits.
     """
     path = os.fspath(path)
     item = max(_ITEM.get(kind, 2.0) if kind is not None else 2.0 for kind in (type_k, type_v))
-    try:
-        with opened(path) as header:
+    with opened(path) as header:
+        try:
             model = Estimate(path, header, n_seq=n_seq, item=item, threads=threads, scores=scores)
-    except (InputError, ValueError, TypeError, IndexError):
-        return Plan(max_ctx if n_ctx is None else n_ctx, n_batch or 512, use_mmap is not False)
+        except (ValueError, TypeError, IndexError):
+            return Plan(max_ctx if n_ctx is None else n_ctx, n_batch or 512, use_mmap is not False)
     limits = rooms()
     maps = [use_mmap is not False]
     if use_mmap is None and any(room.address_space for room in limits):

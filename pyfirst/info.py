@@ -20,7 +20,8 @@ from pyfirst.recipe import FirstConfig
 
 _STRING, _ARRAY = 8, 9
 _MOST_BASE_MODELS = 100
-_NAMES = {4: "u32", 6: "f32", 7: "bool", _STRING: "str"}
+_MOST_LAYERS = 512  # llama.cpp ends the process at more, and at none
+_NAMES = dict(enumerate(["u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "str", "arr", "u64", "i64", "f64"]))
 _SCALARS: dict[int, type] = {
     0: ctypes.c_uint8,
     1: ctypes.c_int8,
@@ -131,6 +132,26 @@ class Header:
         return result
 
 
+def _check_numbers(header: Header, path: str | os.PathLike[str]) -> None:
+    """Raise InputError where a key that every reader relies on is of another type, or the number of layers absurd."""
+    if (kind := header.kind("general.architecture")) not in (None, "str"):
+        raise InputError(f"{path}: the key 'general.architecture' is {kind}, expected str")
+    architecture = header.get("general.architecture", "")
+    own = ("block_count", "embedding_length", "context_length", "vocab_size", "expert_count", "expert_used_count")
+    names = [f"{architecture}.{name}" for name in own]
+    for name in (*names, "split.count", "split.no", "general.base_model.count"):
+        if not isinstance(header.get(name, 0), int):
+            raise InputError(f"{path}: the key '{name}' is {header.kind(name)}, expected a whole number")
+    if not 1 <= (layers := header.get(names[0], 1)) <= _MOST_LAYERS:
+        raise InputError(f"{path}: the key '{names[0]}' is {layers}, expected 1 to {_MOST_LAYERS}")
+
+
+def check_whole(header: Header, path: str | os.PathLike[str]) -> None:
+    """Raise InputError for one piece of a split model."""
+    if (count := header.get("split.count", 0)) > 1:
+        raise InputError(f"{path}: one of {count} pieces; join them first with llama-gguf-split --merge")
+
+
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[Header]:
     """The header of a GGUF file. Raises InputError with the reason for anything else."""
@@ -150,6 +171,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[Header]:
         size = Path(path).stat().st_size
         if size < (end := header.end()):
             raise InputError(f"{path}: cut short, {size} bytes where the tensors end at {end}")
+        _check_numbers(header, path)
         yield header
     finally:
         lib.gguf_free(handle)
@@ -231,9 +253,11 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Architecture, shape, routers and provenance of a GGUF file, in a few milliseconds.
 
     What the file does not say is None; ``"first"`` is None for a file without routers. Raises InputError
-    for anything but a GGUF file.
+    for anything but a GGUF file, and where a key of ours has another type.
     """
     with opened(path) as header:
+        if wrong := mistyped(header):
+            raise InputError(f"{path}: {wrong[0]}")
         return describe_header(header, path)
 
 

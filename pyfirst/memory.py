@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from pyfirst.errors import InputError
-from pyfirst.info import Header, opened
+from pyfirst.info import Header, check_whole, opened
 
 _MADV_NORMAL, _MADV_RANDOM, _MADV_DONTNEED = 0, 1, 4
 _LEFT = 0.02  # share of a file that may stay in memory when it is evicted
@@ -161,7 +161,7 @@ def kv_bytes(header: Header, n_ctx: int, item: int = 2, *, reserved: bool = Fals
     """Bytes of each layer's keys and values for ``n_ctx`` tokens of ``item`` bytes a value (2: float16).
 
     ``reserved``: what llama.cpp sets aside without flash attention, where values are as wide as in the widest layer.
-    Raises InputError where a key holds values for another number of layers.
+    Raises InputError where a key holds values for another number of layers, or no numbers.
     """
     name = header.get("general.architecture")
     n_layer, width = header.get(f"{name}.block_count", 0), header.get(f"{name}.embedding_length", 0)
@@ -169,7 +169,9 @@ def kv_bytes(header: Header, n_ctx: int, item: int = 2, *, reserved: bool = Fals
     def each(key: str, default: Any) -> list[int]:
         value = header.get(f"{name}.attention.{key}", default)
         if not isinstance(value, list):
-            return [value] * n_layer
+            value = [value] * n_layer
+        if not all(isinstance(number, int) for number in value):
+            raise InputError(f"the key '{name}.attention.{key}' holds no whole number")
         if len(value) != n_layer:
             raise InputError(f"the key '{name}.attention.{key}' holds {len(value)} values for {n_layer} layers")
         return value
@@ -210,6 +212,7 @@ def compare(
 
     n_ctx = n_ctx or len(tokens) + n_predict
     with opened(model) as header:
+        check_whole(header, model)
         spans, cache = layer_spans(header), kv_bytes(header, n_ctx)
     result: dict[str, Any] = {"file_bytes": Path(model).stat().st_size, "n_ctx": n_ctx}
     for name, own in (("dense", {"routing": False}), ("routed", options)):

@@ -42,6 +42,7 @@ def token_bytes(path: str | os.PathLike[str]) -> dict[str, Any]:
     layer's experts only those used count. Sliding windows are not taken off the context. Raises InputError.
     """
     with info.opened(path) as header:
+        info.check_whole(header, path)
         architecture = header.get("general.architecture", "")
 
         def get(name: str, default: Any = None) -> Any:

@@ -164,9 +164,18 @@ def test_a_larger_type_of_cache_is_counted(model):
     assert four is not None and four.cache == 4 * half.cache
 
 
-def test_what_cannot_be_read_is_left_to_the_loader(tmp_path):
+def test_what_says_nothing_of_its_size_is_left_to_the_loader(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "odd.gguf", "llama")
+    writer.add_block_count(4)
+    writer.add_head_count_kv([2, 2, 2])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert fit.plan(tmp_path / "odd.gguf", max_ctx=700) == fit.Plan(700, 512)
     (tmp_path / "no.gguf").write_bytes(b"GGUF")
-    assert fit.plan(tmp_path / "no.gguf", max_ctx=700) == fit.Plan(700, 512)
+    with pytest.raises(InputError, match=r"no.gguf: not a usable GGUF file"):
+        fit.plan(tmp_path / "no.gguf")
 
 
 def test_available_memory_is_the_least_of_what_the_system_says(tmp_path):

@@ -17,8 +17,12 @@ import tiny
 from first_convert import child, convert, pack, provenance
 from first_convert.checkpoint import Checkpoint
 from first_convert.ggufio import Entry
+from pyfirst import FirstLlama
 from pyfirst import metadata as key
+from pyfirst.__main__ import main as info_main
+from pyfirst.cli.bench import main as bench_main
 from pyfirst.cli.inspect import build_parser, inspect, main
+from pyfirst.cli.run import main as run_main
 from pyfirst.errors import InputError
 
 CALIBRATION = {"threshold": [0.25, 0.5], "kept": [0.75, 0.5]}
@@ -223,6 +227,36 @@ def test_what_does_not_add_up_is_named(name, form, made, tmp_path, capsys):
         assert words.split(" (and")[0] in " ".join(json.loads(out)["problems"])
     else:
         assert f"problem: {words.split(' (and')[0].partition(' ')[0]}" in out or words in out
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (Entry("general.architecture", "ARRAY", ["llama"], "STRING"), "is str[], expected str"),
+        (Entry("llama.block_count", "STRING", "4"), "is str, expected a whole number"),
+        (Entry("llama.block_count", "UINT32", 0), "is 0, expected 1 to 512"),
+        (Entry("llama.block_count", "UINT32", 2**32 - 1), "is 4294967295, expected 1 to 512"),
+        (Entry("llama.context_length", "ARRAY", [512], "INT32"), "is i32[], expected a whole number"),
+        (Entry("split.count", "FLOAT32", 2.0), "is f32, expected a whole number"),
+        (Entry("general.base_model.count", "STRING", "1"), "is str, expected a whole number"),
+        (Entry(key.PREFILL, "UINT32", 1), "is u32, expected str"),
+    ],
+    ids=lambda value: value.name if isinstance(value, Entry) else value,
+)
+def test_a_key_of_another_type_is_one_line_from_every_reader(entry, words, made, tmp_path, capfd):
+    path = tmp_path / "broken.gguf"
+    pack.rewrite(pack.open_gguf(made[2]), path, [entry], lambda name: name != entry.name)
+    for command, options in (
+        (main, [str(path)]),
+        (info_main, ["info", str(path)]),
+        (run_main, ["-m", str(path), "-p", "x"]),
+        (bench_main, ["-m", str(path), "--predict", "pi5"]),
+    ):
+        assert command(options) == 2
+        err = capfd.readouterr().err
+        assert len(err.splitlines()) == 1 and str(path) in err and entry.name in err and words in err
+    with pytest.raises(InputError, match=entry.name):
+        FirstLlama(path)
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "text", "empty", "header", "one byte"])

@@ -14,6 +14,8 @@ import tiny
 from measure_memory import measure
 
 from first_convert import convert
+from first_convert.ggufio import Entry, rewrite
+from first_convert.pack import open_gguf
 from pyfirst import memory
 from pyfirst.cli import bench_files
 from pyfirst.errors import InputError
@@ -78,6 +80,12 @@ def test_the_routers_decide(tiny_model, tmp_path):
     result = memory.compare(tmp_path / "routed.gguf", tiny.prompt(12), n_predict=2, threads=1)
     assert result["routed"]["kept"] == 3
     assert result["routed"]["layers"][1] < 0.1 and result["routed"]["layers"][2] == 1
+
+
+def test_one_piece_of_a_model_is_refused(model, tmp_path):
+    rewrite(open_gguf(model), tmp_path / "piece.gguf", [Entry("split.count", "UINT32", 2)], lambda name: True)
+    with pytest.raises(InputError, match=r"piece.gguf: one of 2 pieces; join them first"):
+        memory.compare(tmp_path / "piece.gguf", PROMPT)
 
 
 def test_keys_and_values_as_the_header_says(tiny_model):
