@@ -16,6 +16,8 @@ def check(path: str | os.PathLike[str]) -> None:
     """Raise InputError where a picture cannot be drawn to ``path``, before anything is measured."""
     if Path(path).suffix.lower() not in FORMATS:
         raise InputError(f"--plot {path}: expected a name that ends with one of {', '.join(FORMATS)}")
+    if Path(path).is_dir():
+        raise InputError(f"--plot {path}: a folder, expected a file")
     if not Path(path).parent.is_dir():
         raise InputError(f"--plot {path}: no folder {Path(path).parent}")
     if importlib.util.find_spec("matplotlib") is None:
@@ -56,7 +58,7 @@ def bench(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
         "points measured, dashed ideal, x pruned file, * routed",
         fontsize=9,
     )
-    figure.savefig(path, dpi=120)
+    figure.savefig(Path(path), dpi=120)
 
 
 def masks(seen: dict[str, Any], path: str | os.PathLike[str]) -> None:
@@ -110,4 +112,4 @@ def masks(seen: dict[str, Any], path: str | os.PathLike[str]) -> None:
     kept.set(xlabel=f"layers kept of {n_layer}", ylabel="prompts")
     kept.yaxis.get_major_locator().set_params(integer=True)
     figure.suptitle(Path(seen["model"]).name)
-    figure.savefig(path, dpi=120)
+    figure.savefig(Path(path), dpi=120)

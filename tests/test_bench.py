@@ -14,6 +14,8 @@ from native_model import opened
 from test_patch import STOCK
 
 from first_convert import convert
+from first_convert.ggufio import Entry, Gguf, rewrite
+from first_convert.pack import open_gguf
 from pyfirst.cli import bench_files
 from pyfirst.cli.bench import bench, main, parse_lengths, parse_skipped, spread
 from pyfirst.errors import InputError
@@ -202,10 +204,16 @@ def test_without_a_pruned_copy_the_line_is_fitted_to_the_forced_runs(tiny_model,
         assert fit["from"] == "forced" and (fit["fixed_s"], fit["layer_s"]) == pytest.approx((fixed, layer))
 
 
+def test_a_file_without_a_vocabulary_is_measured_too(tiny_model, tmp_path):
+    path, source = tmp_path / "mute.gguf", open_gguf(tiny_model("llama")[1])
+    none = [Entry("tokenizer.ggml.model", "STRING", "none")]
+    rewrite(source, path, none, lambda name: not name.startswith("tokenizer."))
+    result = bench(str(path), prompt_length=8, n_predict=2, repeats=1, skipped="2")
+    assert {run["mode"] for run in result["runs"]} == {"dense", "pruned", "forced"}
+
+
 @pytest.mark.parametrize("arch", ["llama", "qwen3moe"])
 def test_pruned_copy_computes_what_the_mask_does(arch, tiny_model, tmp_path):
-    from first_convert.ggufio import Gguf
-
     path = tiny_model(arch)[1]
     bench_files.prune(Gguf(path), [0, 3], tmp_path / "pruned.gguf")
     ids = tiny.prompt(12)
@@ -226,15 +234,20 @@ def test_pruned_copy_computes_what_the_mask_does(arch, tiny_model, tmp_path):
         (["--skipped", "3"], "0 to 2 of 4 layers"),
         (["-n", "0"], "-n is 0"),
         (["-t", "0"], "-t is 0"),
+        (["-t", "100000"], "-t is 100000, expected 1 to 512"),
         (["--repeats", "0"], "--repeats is 0"),
         (["--prompt-length", "600"], "trained for 512"),
         (["-t", "2", "--clock", "cpu"], "--clock cpu with -t 2"),
         (["--plot", "x.txt"], "--plot x.txt"),
         (["--plot", "{missing}/x.png"], "no folder"),
+        (["--plot", "{plots}.png"], "plots.png: a folder, expected a file"),
         (["--synthetic", "gpt-9"], "expected one of llama-3.2-1b"),
         (["--synthetic", "qwen3-0.6b", "--type", "q9"], "expected one of f32"),
         (["--stock-lib", "{folder}"], "no libllama there"),
         (["--stock-lib", "{ours}"], "this library is patched"),
+        (["--stock-lib", "{broken}"], "--stock-lib {broken}: Failed to load shared library"),
+        (["--stock-lib", "{other}"], "--stock-lib {other}: Shared library with base name 'llama' not found"),
+        (["-m", "{piece}", "--load-time"], "one of 2 pieces; join them first"),
     ],
     ids=lambda value: None if isinstance(value, str) else " ".join(value),
 )
@@ -242,9 +255,14 @@ def test_wrong_input_is_one_line_and_exit_code_2(options, message, tiny_model, t
     from pyfirst import native
 
     (tmp_path / "text").write_text("hello, world\n" * 9)
-    names = {name: str(tmp_path / name) for name in ("missing", "text")}
+    (tmp_path / "plots.png").mkdir()
+    for library in ("broken/libllama.so", "other/llama.py"):
+        (tmp_path / library).parent.mkdir()
+        (tmp_path / library).write_text("hello")
+    rewrite(open_gguf(tiny_model("llama")[1]), tmp_path / "piece", [Entry("split.count", "UINT32", 2)], lambda _: True)
+    names = {name: str(tmp_path / name) for name in ("missing", "text", "plots", "broken", "other", "piece")}
     names |= {"folder": str(tmp_path), "ours": str(native.lib_dir())}
-    options = [option.format(**names) for option in options]
+    options, message = [option.format(**names) for option in options], message.format(**names)
     if "-m" not in options and "--synthetic" not in options:
         options += ["-m", str(tiny_model("llama")[1])]
     capfd.readouterr()  # making the model says a word too
@@ -256,9 +274,6 @@ def test_wrong_input_is_one_line_and_exit_code_2(options, message, tiny_model, t
 
 def test_what_the_worker_refuses_arrives_with_its_reason(tiny_model, tmp_path):
     """The file is whole, so only loading finds that its routers are of a version that is not known."""
-    from first_convert.ggufio import Entry, rewrite
-    from first_convert.pack import open_gguf
-
     path = tmp_path / "newer.gguf"
     rewrite(open_gguf(tiny_model("llama")[1]), path, [Entry("first.version", "UINT32", 9)], lambda name: True)
     with pytest.raises(InputError, match=r"newer\.gguf.*first\.version"):

@@ -10,6 +10,8 @@ import gguf
 import pytest
 import tiny
 
+from first_convert.ggufio import Entry, rewrite
+from first_convert.pack import open_gguf
 from pyfirst import predict
 from pyfirst.cli.bench import main
 from pyfirst.errors import InputError
@@ -78,6 +80,18 @@ def test_command_marks_its_numbers_as_predicted(tiny_model, capfd):
 def test_bandwidths_that_are_none(text, tiny_model, capfd):
     assert main(["-m", os.fspath(tiny_model("llama")[1]), "--predict", text]) == 2
     assert "expected pi5, pi4 or a memory bandwidth" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("options", [("-n", "0"), ("-p", "1000")])
+def test_a_context_that_the_model_has_not_is_refused_as_where_it_is_measured(options, tiny_model, capfd):
+    assert main(["-m", os.fspath(tiny_model("llama")[1]), "--predict", "pi5", *options]) == 2
+    assert ("-n is 0" if options[0] == "-n" else "the model was trained for 512") in capfd.readouterr().err
+
+
+def test_one_piece_of_a_model_is_refused(tiny_model, tmp_path):
+    rewrite(open_gguf(tiny_model("llama")[1]), tmp_path / "a", [Entry("split.count", "UINT32", 2)], lambda _: True)
+    with pytest.raises(InputError, match="a: one of 2 pieces; join them first"):
+        predict.token_bytes(tmp_path / "a")
 
 
 def test_a_file_without_attention_is_refused(tmp_path):

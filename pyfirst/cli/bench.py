@@ -113,6 +113,17 @@ def parse_lengths(lengths: str | int) -> list[int]:
     return sorted({int(part) for part in parts})
 
 
+def _lengths(found: dict[str, Any], prompt_length: str | int, n_predict: int) -> tuple[list[int], int]:
+    """(prompt lengths, tokens of the longest run) of a model by info(). Raises InputError where it has no room."""
+    lengths = parse_lengths(prompt_length)
+    if n_predict < 1:
+        raise InputError(f"-n is {n_predict}, expected at least 1")
+    n_ctx = lengths[-1] + n_predict
+    if found["context_length"] and n_ctx > found["context_length"]:
+        raise InputError(f"prompt and decoding are {n_ctx} tokens, the model was trained for {found['context_length']}")
+    return lengths, n_ctx
+
+
 class Worker:
     """A process that holds one library (see bench_worker)."""
 
@@ -261,19 +272,21 @@ def bench(
     from pyfirst import native
     from pyfirst.info import info
 
-    for option, value in (("-t", threads), ("-n", n_predict), ("--repeats", repeats)):
-        if value < 1:
-            raise InputError(f"{option} is {value}, expected at least 1")
+    common.check_threads(threads)
+    if repeats < 1:
+        raise InputError(f"--repeats is {repeats}, expected at least 1")
     if clock not in CLOCKS or (clock == "cpu" and threads > 1):
         raise InputError(f"--clock {clock} with -t {threads}: expected wall, or cpu with one thread")
-    lengths = parse_lengths(prompt_length)
     found = info(model)
-    n_layer, n_ctx = found["layers"], lengths[-1] + n_predict
+    n_layer = found["layers"]
     if n_layer is None:
         raise InputError(f"{model}: not a language model: {found['architecture']}.block_count is missing")
-    if found["context_length"] and n_ctx > found["context_length"]:
-        raise InputError(f"prompt and decoding are {n_ctx} tokens, the model was trained for {found['context_length']}")
+    lengths, n_ctx = _lengths(found, prompt_length, n_predict)
     counts = parse_skipped(skipped, n_layer)
+    if load_time:
+        from first_convert.pack import open_gguf
+
+        open_gguf(model)
     if stock_lib is not None and not list(Path(stock_lib).glob("*llama.*")):
         raise InputError(f"--stock-lib {stock_lib}: no libllama there")
 
@@ -290,7 +303,11 @@ def bench(
         routers = start("regions", native.lib_dir(), model, plain=False)["routers"]
         kinds: list[_Kind] = []
         if stock_lib is not None:
-            if start("stock", Path(stock_lib).resolve(), model)["patched"]:
+            try:
+                patched = start("stock", Path(stock_lib).resolve(), model)["patched"]
+            except (InputError, RuntimeError) as error:  # a library that is broken, or another program's
+                raise InputError(f"--stock-lib {stock_lib}: {error}") from error
+            if patched:
                 raise InputError(f"--stock-lib {stock_lib}: this library is patched, expected a stock one")
             kinds.append(_Kind("dense", "stock", "stock", "plain"))
         start("dense", native.lib_dir(), model)
@@ -464,7 +481,7 @@ def predicted(
     found = info(model)
     n_layer = found["layers"] or 0
     counts = parse_skipped(skipped, n_layer)
-    contexts = [length + n_predict // 2 for length in parse_lengths(prompt_length)]
+    contexts = [length + n_predict // 2 for length in _lengths(found, prompt_length, n_predict)[0]]
     masks = [spread(n_layer, count) if count else [] for count in counts]
     return {
         "predicted": True,

@@ -79,9 +79,11 @@ class Runner:
         return {"n_layer": self.n_layer, "routers": "routed" in self.contexts, "patched": patched}
 
     def _tokens(self, n: int) -> list[int]:
-        """``n`` tokens of TEXT, over and over."""
+        """``n`` tokens of TEXT, over and over; without a vocabulary the first one."""
         llama = self.llama
         vocab = llama.llama_model_get_vocab(self.model)
+        if llama.llama_vocab_type(vocab) == llama.LLAMA_VOCAB_TYPE_NONE:
+            return [0] * n
         text, room = TEXT.encode(), len(TEXT) + 8
         buffer = (llama.llama_token * room)()
         count = llama.llama_tokenize(vocab, text, len(text), buffer, room, False, False)

@@ -18,6 +18,7 @@ from pyfirst.errors import InputError
 from pyfirst.metadata import PREFILL_MODES
 
 MAX_CTX = 2048  # tokens of a sequence where no -c is given and memory allows it
+MAX_THREADS = 512  # of ggml
 
 
 def parser(prog: str, description: str, example: str) -> argparse.ArgumentParser:
@@ -61,8 +62,14 @@ def check_model_options(args: argparse.Namespace) -> None:
         raise InputError(f"{' and '.join(chosen)} exclude each other")
     if args.ctx_size is not None and args.ctx_size < 2:
         raise InputError(f"-c is {args.ctx_size}, expected at least 2 tokens")
-    if args.threads is not None and args.threads < 1:
-        raise InputError(f"-t is {args.threads}, expected at least 1 thread")
+    if args.threads is not None:
+        check_threads(args.threads)
+
+
+def check_threads(threads: int) -> None:
+    """Raise InputError for a number of threads at which llama.cpp would end the process."""
+    if not 1 <= threads <= MAX_THREADS:
+        raise InputError(f"-t is {threads}, expected 1 to {MAX_THREADS} threads")
 
 
 def parse_share(text: str) -> float:
