@@ -207,7 +207,7 @@ class FirstLlama(llama_cpp.Llama):
         if self.chat_handler is None and kwargs.get("chat_format") is None:
             # The parent guesses a format, and without a template takes a wrong one in silence.
             self.chat_format = None
-            if "tokenizer.chat_template" in self.metadata:
+            if self.metadata.get("tokenizer.chat_template"):
                 handler = chat_formatter_to_chat_completion_handler(self.chat_template)  # type: ignore[arg-type]
                 self.chat_handler = handler
         if routing and not self.has_routers:
@@ -221,11 +221,11 @@ class FirstLlama(llama_cpp.Llama):
         self.prefill = metadata.PREFILL_MODES[mode]
 
     def _open_model(self, model_path: str, kwargs: dict[str, Any]) -> None:
-        with native.explained(model_path):
-            try:
+        try:
+            with native.explained(model_path):
                 super().__init__(model_path, **kwargs)
-            except jinja2.TemplateError as error:
-                raise InputError(f"{model_path}: the chat template does not parse: {error}") from error
+        except jinja2.TemplateError as error:
+            raise InputError(f"{model_path}: the chat template does not parse: {error}") from error
 
     def close(self) -> None:
         """Free the model; using the object afterwards raises RuntimeError. Harmless when done twice."""

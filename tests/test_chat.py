@@ -46,6 +46,14 @@ def other(tiny_model, tmp_path):
     return make
 
 
+def test_an_empty_template_is_none_and_a_broken_one_is_named_once(other):
+    path = other("")
+    assert FirstLlama(path, n_ctx=64).create_completion("the", max_tokens=1)["usage"]["completion_tokens"] == 1
+    with pytest.raises(InputError) as caught:
+        FirstLlama(other("{% if %}"), n_ctx=64)
+    assert str(caught.value).startswith(f"{path}: the chat template does not parse: ")
+
+
 @pytest.mark.parametrize("template", [None, WITH_BOS], ids=["own", "with BOS"])
 @pytest.mark.parametrize("messages", CHATS, ids=["short", "long"])
 def test_token_ids_are_hugging_faces(messages, template, tiny_model, other):
