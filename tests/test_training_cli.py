@@ -299,6 +299,7 @@ def test_missed_budget_is_told(folder, data, tmp_path, capsys):
         (["--lora-targets", "no_such_layer"], "no_such_layer"),
         (["--phase", "lora"], "--recipe"),
         (["--teacher", "x"], "--distill"),
+        (["--teacher", "x", "--distill", "0.5", "--phase", "routers"], "--phase both or lora"),
         (["--distill", "0.5", "--teacher", "/no/such/dir"], "/no/such/dir"),
         (["--static", "best"], "--static 'best'"),
         (["--static", "3"], "layer 3"),

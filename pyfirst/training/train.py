@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,8 @@ def check(args: argparse.Namespace) -> None:
         raise InputError(f"--distill is {args.distill}, expected a share from 0 to 1, such as 0.5")
     if args.teacher and not args.distill:
         raise InputError("--teacher needs --distill SHARE, such as 0.5")
+    if args.distill and args.phase == "routers":
+        raise InputError("--distill needs a LoRA that learns, --phase both or lora")
     if not 0 <= args.target_skip < 1:
         raise InputError(f"--target-skip is {args.target_skip}, expected a share from 0 to below 1, such as 0.25")
     if args.phase == "lora" and not args.recipe:
@@ -207,7 +210,7 @@ def teacher_of(name: str | None, model: Any) -> dict[str, Any]:
     path, ours = folder / ADAPTER_WEIGHTS_NAME, model.base.peft_config["default"]
     stored = {f"base.{key.replace('.weight', '.default.weight')}": value for key, value in load_file(path).items()}
     theirs = json.loads((folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
-    if (theirs["r"], theirs["lora_alpha"]) != (ours.r, ours.lora_alpha) or stored.keys() != mine.keys():
+    if (theirs.get("r"), theirs.get("lora_alpha")) != (ours.r, ours.lora_alpha) or stored.keys() != mine.keys():
         raise InputError(f"{path}: expected rank {ours.r}, scale {ours.lora_alpha} and the modules of this run's LoRA")
     return {key: value.to(mine[key]) for key, value in stored.items()}
 
@@ -298,6 +301,7 @@ def train(args: argparse.Namespace) -> Path:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         logging.getLogger("accelerate").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     started = time.monotonic()
     rows = [row for file in args.data for row in read_rows(file)]
     earlier = load_recipe(args.recipe) if args.recipe else None
@@ -476,12 +480,12 @@ def train(args: argparse.Namespace) -> Path:
         raise InputError(NOT_FINITE)
     config.calibration = report.calibration(model, held, args.batch_size)
     results["seconds"] = round(time.monotonic() - started)
-    warnings = [w for entry in history for w in entry.pop("warnings")]
+    faults = [w for entry in history for w in entry.pop("warnings")]
     several = args.phase != "lora" and 0 < removals < unprotected and (routed or args.objective != "search")
-    if several and results["masks"] == 1 and len(held) > 1 and not any("collapsed" in w for w in warnings):
-        warnings.append("routing collapsed: every held-back prompt got the same mask")
+    if several and results["masks"] == 1 and len(held) > 1 and not any("collapsed" in fault for fault in faults):
+        faults.append("routing collapsed: every held-back prompt got the same mask")
     if abs(results["skipped"] - args.target_skip) > 0.05:
-        warnings.append(f"skips {results['skipped']:.0%} of the layers, the target was {args.target_skip:.0%}")
+        faults.append(f"skips {results['skipped']:.0%} of the layers, the target was {args.target_skip:.0%}")
     config.training = {
         "options": report.options(args, build_parser()),
         "steps": steps,
@@ -490,14 +494,14 @@ def train(args: argparse.Namespace) -> Path:
         "truncation": counts,
         "phases": history,
         "held_back": results,
-        "warnings": warnings,
+        "warnings": faults,
     }
     if first_process:
         write(out, model, config, args)
         if not args.keep_checkpoints:
             shutil.rmtree(work, ignore_errors=True)
-    for warning in warnings:
-        report.say(f"warning: {warning}")
+    for fault in faults:
+        report.say(f"warning: {fault}")
     report.say(report.summary(results) + f"; wrote {out}")
     return out
 
