@@ -3,7 +3,8 @@
     python examples/frontier.py MODEL_DIR --recipes build/baselines --test a.test.jsonl b.test.jsonl
 
 takes the recipes that examples/baselines.py trained, measures every point and writes docs/results/frontier.json,
-the picture docs/results/frontier.png and the page docs/results.md. Points that are in the JSON are kept.
+the picture docs/results/frontier.png and the page docs/results.md. Cross-entropies in the JSON are kept where --limit
+is the same; with --docs FOLDER all is measured anew.
 """
 
 from __future__ import annotations
@@ -157,6 +158,12 @@ def page(result: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def measured(stored: Path, limit: int) -> dict[tuple[str, str], dict[str, Any]]:
+    """(series, label) -> point of an earlier run; none where its cross-entropies are of other examples."""
+    before = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
+    return {(p["series"], p["label"]): p for p in before.get("points", ()) if before["limit"] == limit}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL_DIR")
@@ -171,10 +178,7 @@ def main() -> None:
     folder = args.docs / "results"
     folder.mkdir(parents=True, exist_ok=True)
     stored = folder / "frontier.json"
-    known = {}
-    if stored.is_file():
-        before = json.loads(stored.read_text(encoding="utf-8"))
-        known = {(p["series"], p["label"]): p for p in before["points"]}
+    known = measured(stored, args.limit)
     opened = []
     for point in points(args.recipes):
         gguf = args.recipes / f"{point['recipe']}-{point['outtype']}.gguf"

@@ -62,6 +62,17 @@ def test_serve_and_ask(routed):
     assert all(" of 4 layers" in line for line in lines)
 
 
+def test_frontier_takes_no_cross_entropy_of_other_examples(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import frontier
+
+    path, point = tmp_path / "frontier.json", {"series": "FiRST", "label": "10%", "ce": 1.5}
+    assert frontier.measured(path, 16) == {}
+    path.write_text(json.dumps({"limit": 16, "points": [point]}))
+    assert frontier.measured(path, 16) == {("FiRST", "10%"): point}
+    assert frontier.measured(path, 60) == {}
+
+
 def test_train_your_own(tiny_model, tmp_path):
     folder, _ = tiny_model("llama")
     data = tmp_path / "task.jsonl"
