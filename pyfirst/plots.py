@@ -10,6 +10,7 @@ from typing import Any
 from pyfirst.errors import InputError
 
 FORMATS = (".png", ".svg", ".pdf")
+_FEW_TASKS = 8
 
 
 def check(path: str | os.PathLike[str]) -> None:
@@ -75,8 +76,9 @@ def masks(seen: dict[str, Any], path: str | os.PathLike[str]) -> None:
     scores = np.ma.masked_array(values, keep & (values < threshold))  # protected layers
     tasks = [row["task"] for row in rows]
     names = list(dict.fromkeys(tasks))
-    figure = _figure(11, 3.5 + 0.16 * n_layer)
-    grid = figure.add_gridspec(2, 2, width_ratios=(4, 1), height_ratios=(4, 1))
+    more = max(len(names) - _FEW_TASKS, 0)  # their names then stand upright, and the key is taller
+    figure = _figure(11 + 0.2 * more, 3.5 + 0.16 * n_layer + 0.2 * more)
+    grid = figure.add_gridspec(2, 2, width_ratios=(4, 1), height_ratios=(4, 1 + 0.2 * more))
     heat = figure.add_subplot(grid[0, 0])
     low, high = colormaps["Reds_r"](np.linspace(0.1, 0.7, 128)), colormaps["Blues"](np.linspace(0.35, 1, 128))
     lowest, highest = (
@@ -93,10 +95,13 @@ def masks(seen: dict[str, Any], path: str | os.PathLike[str]) -> None:
         heat.axvline(edge - 0.5, color="white", linewidth=3)
     starts = [0, *edges]
     heat.set_xticks([(a + b - 1) / 2 for a, b in zip(starts, [*edges, len(tasks)], strict=True)])
-    heat.set_xticklabels([f"{tasks[a]} ({tasks.count(tasks[a])})" for a in starts])
+    heat.set_xticklabels(
+        [f"{tasks[a]} ({tasks.count(tasks[a])})" for a in starts], rotation="vertical" if more else "horizontal"
+    )
     heat.set(
         ylabel="layer", title=f"mean router score of each prompt (prompts: {len(rows)}, masks: {seen['distinct']})"
     )
+    heat.yaxis.get_major_locator().set_params(integer=True)
 
     rates = figure.add_subplot(grid[0, 1], sharey=heat)
     kept = figure.add_subplot(grid[1, 0])

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from first_convert import convert
-from pyfirst import masks
+from pyfirst import masks, plots
 from pyfirst.cli.inspect import main
 
 TASKS = {"story": ["the quick brown fox", "the lazy dog"], "code": ["def f(x):", "return x + 1", "x"]}
@@ -103,6 +103,15 @@ def test_many_prompts_fit_the_width():
     seen = {**SEEN, "prompts": rows, "task_keep_rate": {task: [1.0, 0.5, 0.75] for task in "abc"}}
     for line in masks.heatmap(seen, 80):
         assert len("".join(text for text, _ in line).rstrip()) <= 80
+
+
+def test_a_picture_has_room_for_many_tasks(tmp_path, recwarn):
+    tasks = [f"task{i}" for i in range(30)]
+    rows = [{**row, "task": task} for task in tasks for row in SEEN["prompts"]]
+    seen = {**SEEN, "prompts": rows, "task_keep_rate": {task: [1.0, 0.5, 0.75] for task in tasks}}
+    plots.masks(seen, tmp_path / "masks.png")
+    assert (tmp_path / "masks.png").read_bytes().startswith(b"\x89PNG")
+    assert not [str(warning.message) for warning in recwarn]  # of a layout that collapsed
 
 
 def test_a_terminal_gets_colours_and_without_rich_the_text(monkeypatch, capsys):
