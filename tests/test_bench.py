@@ -16,9 +16,11 @@ from test_patch import STOCK
 from first_convert import convert
 from first_convert.ggufio import Entry, Gguf, rewrite
 from first_convert.pack import open_gguf
+from pyfirst import native
 from pyfirst.cli import bench_files
-from pyfirst.cli.bench import bench, main, parse_lengths, parse_skipped, spread
+from pyfirst.cli.bench import _worker, bench, main, parse_lengths, parse_skipped, spread
 from pyfirst.errors import InputError
+from pyfirst.fit import Room
 
 QUICK = ("--prompt-length", "24", "-n", "4", "--repeats", "2")
 
@@ -204,6 +206,21 @@ def test_without_a_pruned_copy_the_line_is_fitted_to_the_forced_runs(tiny_model,
         assert fit["from"] == "forced" and (fit["fixed_s"], fit["layer_s"]) == pytest.approx((fixed, layer))
 
 
+def test_what_memory_cannot_hold_is_refused_with_the_numbers(tiny_model, monkeypatch):
+    monkeypatch.setattr("pyfirst.fit.rooms", lambda: [Room(10**6, "a test")])
+    with pytest.raises(InputError, match=r"needs about \d+ MB .*, 1 MB are available \(a test\)"):
+        bench(str(tiny_model("llama")[1]), prompt_length=8, n_predict=2, repeats=1)
+
+
+def test_a_measuring_process_that_is_killed_says_so():
+    with (
+        pytest.raises(InputError, match="killed, perhaps for want of memory"),
+        _worker(native.lib_dir(), True) as worker,
+    ):
+        worker._process.kill()
+        worker.ask("memory")
+
+
 def test_a_file_without_a_vocabulary_is_measured_too(tiny_model, tmp_path):
     path, source = tmp_path / "mute.gguf", open_gguf(tiny_model("llama")[1])
     none = [Entry("tokenizer.ggml.model", "STRING", "none")]
@@ -252,8 +269,6 @@ def test_pruned_copy_computes_what_the_mask_does(arch, tiny_model, tmp_path):
     ids=lambda value: None if isinstance(value, str) else " ".join(value),
 )
 def test_wrong_input_is_one_line_and_exit_code_2(options, message, tiny_model, tmp_path, capfd):
-    from pyfirst import native
-
     (tmp_path / "text").write_text("hello, world\n" * 9)
     (tmp_path / "plots.png").mkdir()
     for library in ("broken/libllama.so", "other/llama.py"):

@@ -18,6 +18,7 @@ from pyfirst import plots, predict
 from pyfirst.cli import bench_files, common
 from pyfirst.cpu import machine
 from pyfirst.errors import InputError
+from pyfirst.fit import plan
 from pyfirst.layers import evenly
 
 DEFAULT_SHARES = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5)
@@ -152,7 +153,13 @@ class Worker:
             process.stdin.flush()
         line = process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the measuring process ended with {process.wait()}")
+            code = process.wait()
+            if code == -9:
+                raise InputError(
+                    "a measuring process was killed, perhaps for want of memory: each of them holds the model; "
+                    "take a smaller file or type"
+                )
+            raise RuntimeError(f"the measuring process ended with {code}")
         answer = json.loads(line)
         if "error" in answer:
             raise (InputError if answer["expected"] else RuntimeError)(answer["error"])
@@ -283,6 +290,7 @@ def bench(
         raise InputError(f"{model}: not a language model: {found['architecture']}.block_count is missing")
     lengths, n_ctx = _lengths(found, prompt_length, n_predict)
     counts = parse_skipped(skipped, n_layer)
+    plan(model, max_ctx=n_ctx)  # refuses what not even one process can hold
     if load_time:
         from first_convert.pack import open_gguf
 
