@@ -68,10 +68,10 @@ def cgroups(controller: str, root: Path | None = None, own: Path | None = None) 
 def _quotas(root: Path | None, own: Path | None) -> Iterator[float]:
     """CPUs that each cgroup around this process may use, where one is limited."""
     for folder in cgroups("cpu", root, own):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
             quota, period = map(int, (folder / "cpu.max").read_text().split())
             yield quota / period
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
             quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
             if quota > 0:
                 yield quota / period

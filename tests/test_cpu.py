@@ -74,6 +74,7 @@ def test_threads_obey_the_quotas_of_all_cgroups_around(four, tmp_path):
         ("cpu.max", "max 100000", 4),
         ("a/cpu.max", "900000 100000", 4),
         ("a/cpu.max", "rubbish", 4),
+        ("a/cpu.max", "100000 0", 4),
     ):
         (tmp_path / file).write_text(content)
         assert cpu.usable_cpus(tmp_path, own, none) == expected, content
