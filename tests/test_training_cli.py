@@ -14,6 +14,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from first_convert.convert import convert
 from pyfirst.errors import InputError
 from pyfirst.recipe import load_recipe
 from pyfirst.training import phases, report
@@ -490,6 +491,14 @@ def test_prompts_are_cut_to_the_models_positions(data, tmp_path, capsys):
     assert (
         "20 prompts shortened and 0 examples dropped of 20 to fit the model's 48 positions" in capsys.readouterr().err
     )
+
+
+def test_the_recipe_of_a_mixture_of_experts_can_be_converted(data, tmp_path):
+    model = tiny.make("mixtral", tmp_path / "model")
+    assert main(arguments(model, data, tmp_path / "out")) == 0
+    convert(model, first=tmp_path / "out", outfile=tmp_path / "out.gguf", outtype="f32")
+    adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert adapter["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
 
 
 def test_only_recipes_are_replaced(folder, data, tmp_path, capsys, monkeypatch):

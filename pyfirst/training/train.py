@@ -301,7 +301,7 @@ def train(args: argparse.Namespace) -> Path:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         logging.getLogger("accelerate").setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        warnings.filterwarnings("ignore", module="transformers|peft")
     started = time.monotonic()
     rows = [row for file in args.data for row in read_rows(file)]
     earlier = load_recipe(args.recipe) if args.recipe else None
@@ -369,13 +369,16 @@ def train(args: argparse.Namespace) -> Path:
     steps = args.steps or max(1, round((args.epochs or 1) * len(training) / per_step))
 
     if args.phase != "routers":
-        lora = LoraConfig(
-            r=args.lora_r,
-            lora_alpha=args.lora_alpha or 2 * args.lora_r,
-            target_modules=lora_targets(args.lora_targets, base),
-            task_type="CAUSAL_LM",
-        )
+        how: dict[str, Any] = {"r": args.lora_r, "lora_alpha": args.lora_alpha or 2 * args.lora_r}
+        how["task_type"] = "CAUSAL_LM"
+        lora = LoraConfig(target_modules=lora_targets(args.lora_targets, base), **how)
         base = get_peft_model(base, lora)
+        if lora.target_parameters:  # PEFT's own addition where experts are one tensor
+            if args.lora_targets != "all-linear":
+                raise InputError(f"--lora-targets {args.lora_targets}: first-convert cannot merge a LoRA on experts")
+            report.say("the experts get no LoRA, which first-convert could not merge")
+            rest = sorted(lora.target_modules or ())
+            base = get_peft_model(base.unload(), LoraConfig(target_modules=rest, **how))
         # What a user's disk is called is nobody's business.
         base.peft_config["default"].base_model_name_or_path = config.base_model
     routers = Routers.from_recipe(earlier) if earlier else Routers(count, width, config.router_norm)
