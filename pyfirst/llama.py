@@ -107,7 +107,10 @@ def pick_threshold(
         order = np.argsort(kept, kind="stable")
         return float(np.interp(1 - skip, kept[order], thresholds[order]))
     if threshold is None:
-        return float(keys.get(metadata.ROUTER_THRESHOLD, 0.5))
+        found = float(keys.get(metadata.ROUTER_THRESHOLD, 0.5))
+        if not 0 <= found <= 1:
+            raise InputError(f"{model_path}: {metadata.ROUTER_THRESHOLD} is {found:g}, expected 0 to 1; or give one")
+        return found
     if not np.isfinite(threshold):
         raise InputError(f"threshold is {threshold}, expected a finite number")
     return float(threshold)

@@ -17,7 +17,7 @@ import tiny
 from first_convert import child, convert, pack, provenance
 from first_convert.checkpoint import Checkpoint
 from first_convert.ggufio import Entry
-from pyfirst import FirstLlama
+from pyfirst import FirstBatch, FirstLlama
 from pyfirst import metadata as key
 from pyfirst.__main__ import main as info_main
 from pyfirst.cli.bench import main as bench_main
@@ -257,6 +257,16 @@ def test_a_key_of_another_type_is_one_line_from_every_reader(entry, words, made,
         assert len(err.splitlines()) == 1 and str(path) in err and entry.name in err and words in err
     with pytest.raises(InputError, match=entry.name):
         FirstLlama(path)
+
+
+@pytest.mark.parametrize("threshold", [-0.5, 1.5])
+def test_a_threshold_that_no_score_can_pass_is_refused_where_the_file_runs(threshold, made, tmp_path):
+    path, entry = tmp_path / "broken.gguf", Entry(key.ROUTER_THRESHOLD, "FLOAT32", threshold)
+    pack.rewrite(pack.open_gguf(made[2]), path, [entry], lambda name: name != entry.name)
+    for open_it in (FirstLlama, FirstBatch):
+        with pytest.raises(InputError, match=f"{entry.name} is {threshold}, expected 0 to 1"):
+            open_it(path, n_ctx=64)
+    FirstLlama(path, n_ctx=64, threshold=0.5).close()
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "text", "empty", "header", "one byte"])
