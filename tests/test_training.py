@@ -289,6 +289,20 @@ def test_lora_never_lands_on_a_router(folder):
         model.load_state_dict(missing)
 
 
+def test_several_residual_streams_are_refused():
+    """gemma3n's layers pass on four versions of the hidden state."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "gemma3n_text", vocab_size=99, vocab_size_per_layer_input=99, hidden_size=16, intermediate_size=32,
+        num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, num_kv_shared_layers=0, hidden_size_per_layer_input=4, laurel_rank=2,
+        activation_sparsity_pattern=[0.0, 0.0],
+    )  # fmt: skip
+    with pytest.raises(InputError, match="more than one stream"):
+        FirstModel(AutoModelForCausalLM.from_config(config).eval(), Routers(2, 16))
+
+
 def test_layers_are_found_beside_as_many_experts(tmp_path):
     net = tiny.load(tiny.make("mixtral", tmp_path))
     assert find_layers(net) is net.model.layers

@@ -263,8 +263,14 @@ class FirstModel(nn.Module):
     def _probe(self) -> None:
         """Learn from one token what each layer returns, a tensor or a tuple, as a skipped one must too."""
         device = next(self.inner.parameters()).device
-        with self._precision():
-            self.inner(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+        ones = torch.ones(1, 1, dtype=torch.bool, device=device)
+        with self._precision(), self.features(ones) as means:
+            self.inner(input_ids=ones.long() - 1, use_cache=False)
+        wrong = [list(mean.shape) for mean in means if mean.shape != (1, self.routers.weight.shape[1])]
+        if wrong:
+            raise InputError(
+                f"{type(self.inner).__name__}: its layers pass on more than one stream, which routers cannot read"
+            )
 
     def _routed_forward(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
