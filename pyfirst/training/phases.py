@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from pyfirst.errors import InputError
-from pyfirst.training import report
+from pyfirst.training import checkpoints, report
 from pyfirst.training.data import Example, MixedSampler, collate
 from pyfirst.training.objectives import distillation, hard_gate_loss, paper_loss, router_parameters, steer
 from pyfirst.training.routers import FirstModel
@@ -169,9 +169,9 @@ class Watch(TrainerCallback):
                 parameter.grad = None  # the optimizer passes over it
             trainer.bad += 1
             report.say(f"step {state.global_step + 1}: gradients are not finite, step left out")
-            if trainer.bad >= BAD_STEPS:
+            if trainer.bad >= min(BAD_STEPS, max(2, trainer.phase.steps)):
                 raise InputError(
-                    f"loss or gradients were not finite in {BAD_STEPS} steps in a row; nothing was written, "
+                    f"loss or gradients were not finite in {trainer.bad} steps in a row; nothing was written, "
                     "try a lower --lr or --router-lr, or train without --bf16"
                 )
             return
@@ -296,8 +296,7 @@ def run_phase(
     model.gate = "hard"
     warnings = collapse(trainer.masks, model) if phase.routers and not phase.soft else []
     if trainer.args.should_save:
-        work.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, done)
+        checkpoints.save(done, model.state_dict())
     record: dict[str, Any] = {
         "name": phase.name,
         "steps": phase.steps,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
 import json
 import logging
 import math
@@ -27,7 +26,6 @@ from pyfirst.recipe import (
     CONFIG_NAME,
     FirstConfig,
     load_recipe,
-    read_json,
     save_recipe,
 )
 
@@ -215,58 +213,6 @@ def teacher_of(name: str | None, model: Any) -> dict[str, Any]:
     return {key: value.to(mine[key]) for key, value in stored.items()}
 
 
-def fingerprint(examples: Sequence[Any]) -> str:
-    """Tells one set of training examples from another."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(repr((list(example.prompt), list(example.response), example.task)).encode())
-    return digest.hexdigest()
-
-
-def drop_halves(work: Path) -> None:
-    """Remove what a process was killed in writing; a checkpoint's trainer_state.json is written last."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from pyfirst.training import report
-
-    for path in [*work.glob("*.safetensors"), *work.glob("*/checkpoint-*")]:
-        try:
-            if path.is_dir():
-                read_json(path / "trainer_state.json")
-            load_file(path / "model.safetensors" if path.is_dir() else path)
-        except (InputError, OSError, SafetensorError):
-            report.say(f"{path}: not complete, removed")
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def begin(work: Path, args: argparse.Namespace, data: str) -> None:
-    """Make an empty folder for checkpoints, or with --resume check that the one that lies there is of the same run.
-
-    Raises InputError where another option or data was used, OSError where nothing can be written.
-    """
-    from pyfirst.training import report
-
-    path = work / "options.json"
-    now = json.loads(json.dumps({**report.options(args, build_parser()), "data": data}))
-    if args.resume and work.is_dir():
-        before = read_json(path) if path.is_file() else now
-        for name in now:
-            if before.get(name, now[name]) != now[name] and name != "base_license":
-                what = "" if name == "data" else f" (before: {before[name]}, now: {now[name]})"
-                raise InputError(
-                    f"--resume with another --{name.replace('_', '-')} than the interrupted run{what}; "
-                    "start anew without --resume"
-                )
-        drop_halves(work)
-        return
-    if args.resume:
-        report.say(f"no interrupted run in {work}, starting anew")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    path.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
-
-
 def train(args: argparse.Namespace) -> Path:
     """Train as the options of ``build_parser`` say; returns the recipe directory.
 
@@ -278,9 +224,9 @@ def train(args: argparse.Namespace) -> Path:
     import torch
     import transformers
     from peft import LoraConfig, get_peft_model
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
-    from pyfirst.training import report
+    from pyfirst.training import checkpoints, report
     from pyfirst.training.data import Example, hold_back, load_examples, read_rows
     from pyfirst.training.objectives import leave_one_out, start_from
     from pyfirst.training.phases import plan, run_phase
@@ -399,9 +345,9 @@ def train(args: argparse.Namespace) -> Path:
     work = out.parent / f".{out.name}.work"
     first_process = int(os.environ.get("RANK", "0")) == 0
     if first_process:
-        begin(work, args, fingerprint(training))
+        checkpoints.begin(work, report.options(args, build_parser()), training, args.resume)
     elif args.resume:  # or this process would go on from another checkpoint than the first
-        drop_halves(work)
+        checkpoints.drop_halves(work)
     tasks = sorted({e.task for e in training})
     least = removals // 2  # even the hardest task
     most = min(2 * removals - least, unprotected, count - 1)  # even the easiest one
@@ -420,8 +366,7 @@ def train(args: argparse.Namespace) -> Path:
         elif name not in known:
             known[name] = make()
             if first_process:
-                save_file(known[name], stored.with_suffix(".tmp"))
-                stored.with_suffix(".tmp").replace(stored)
+                checkpoints.save(stored, known[name])
         return known[name]
 
     def order() -> torch.Tensor:
