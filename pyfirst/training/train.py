@@ -29,7 +29,7 @@ from pyfirst.recipe import (
     save_recipe,
 )
 
-# Prompts a task that the routers are fitted to.
+# Examples a task on which the number of layers is chosen and the routers are fitted.
 FIT_EXAMPLES = 64
 
 
@@ -384,7 +384,7 @@ def train(args: argparse.Namespace) -> Path:
     def choose() -> dict[str, torch.Tensor]:
         if routed:
             ladder, total = nested(order(), count, least), len(tasks) * removals
-            masks, curves = settle(model, sample(), tasks, ladder, total, args.batch_size, report.say)
+            masks, curves = settle(model, sample(FIT_EXAMPLES), tasks, ladder, total, args.batch_size, report.say)
             targets = targets_of(order(), curves, masks)
         else:
             if args.static in (None, "loo"):
