@@ -3,7 +3,8 @@
     python examples/baselines.py MODEL_DIR --train a.train.jsonl b.train.jsonl --test a.test.jsonl b.test.jsonl
 
 trains, converts to q8_0 and scores each system in the runtime, one after another, and writes one JSON file a
-system to docs/results/baselines and the table docs/baselines.md. Systems whose JSON is there are not run again.
+system to docs/results/baselines and the table docs/baselines.md (--results docs/results/NAME: docs/NAME.md). Systems
+whose JSON is there are not run again.
 """
 
 from __future__ import annotations
@@ -176,7 +177,7 @@ def table(folder: Path, titles: dict[str, str]) -> str:
         f"LoRA, seed {any_result['seed']}, q8_0, scored in the runtime. In brackets the",
         "difference to FiRST + LoRA with its 95% interval (paired bootstrap over examples).",
         "Cross-entropy in nats per token of the first reference: lower is better. Written by `examples/baselines.py`",
-        "from `docs/results/baselines/*.json`.",
+        f"from `docs/results/{folder.name}/*.json`.",
     ]
     return "\n".join([*head, *lines, ""])
 
@@ -187,7 +188,7 @@ def main() -> None:
     parser.add_argument("--train", nargs="+", default=[], metavar="FILE")
     parser.add_argument("--test", nargs="+", default=[], metavar="FILE")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some of " + ", ".join(systems()))
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--limit", type=int, default=300, help="test examples of each file for cross-entropy")
     parser.add_argument("--answers", type=int, default=100, help="and for answers, which BLEU and ROUGE-L score")
     parser.add_argument("--generate", choices=("all", "key"), default="key", help="which systems also answer")
@@ -209,7 +210,7 @@ def main() -> None:
         result["seconds"] = round(time.monotonic() - started)
         path.write_text(json.dumps(result) + "\n", encoding="utf-8")
     text = table(args.results, {name: title for name, (title, _) in known.items()})
-    (args.results.parent.parent / "baselines.md").write_text(text, encoding="utf-8")
+    (args.results.parent.parent / f"{args.results.name}.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
