@@ -87,7 +87,7 @@ def test_options_of_a_line_are_for_that_line_alone(model, tmp_path, capfd):
     assert found[0]["id"] == "a" and found[0]["first"]["skipped"] == []
     assert found[1]["first"]["skipped"] == [1]
     assert found[2]["first"]["kept"] == 0 and found[2]["first"]["threshold"] == 1.0
-    assert found[3]["first"]["threshold"] == pytest.approx(0.3)
+    assert found[3]["first"]["threshold"] == 0.0 and found[3]["first"]["skipped"] == []
     assert found[4]["text"] == run(model, "the lazy dog", chat=True, n_predict=8, temp=0)["text"]
     assert found[5]["text"] == run(model, "the quick", n_predict=8, temp=0)["text"]
     assert found[1]["text"] == run(model, "the quick", n_predict=8, temp=0, skip_layers=[1])["text"]
