@@ -1,5 +1,10 @@
 """The one exception type that means: the user gave us something wrong."""
 
+from __future__ import annotations
+
+import os
+from typing import Any
+
 
 class InputError(ValueError):
     """Wrong input: a file, key, tensor or option.
@@ -7,3 +12,9 @@ class InputError(ValueError):
     The message names what was found, what was expected and what to do; the
     command line shows it as one line and exits with code 2.
     """
+
+
+def check_whole(header: Any, path: str | os.PathLike[str]) -> None:
+    """Raise InputError for one piece of a split GGUF; ``header`` gives its keys by get(), whichever reader it is of."""
+    if (count := header.get("split.count", 0)) > 1:
+        raise InputError(f"{path}: one of {count} pieces; join them first with llama-gguf-split --merge")

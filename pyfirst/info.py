@@ -146,12 +146,6 @@ def _check_numbers(header: Header, path: str | os.PathLike[str]) -> None:
         raise InputError(f"{path}: the key '{names[0]}' is {layers}, expected 1 to {_MOST_LAYERS}")
 
 
-def check_whole(header: Header, path: str | os.PathLike[str]) -> None:
-    """Raise InputError for one piece of a split model."""
-    if (count := header.get("split.count", 0)) > 1:
-        raise InputError(f"{path}: one of {count} pieces; join them first with llama-gguf-split --merge")
-
-
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[Header]:
     """The header of a GGUF file. Raises InputError with the reason for anything else."""

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from pyfirst.errors import InputError
-from pyfirst.info import Header, check_whole, opened
+from pyfirst.errors import InputError, check_whole
+from pyfirst.info import Header, opened
 
 _MADV_NORMAL, _MADV_RANDOM, _MADV_DONTNEED = 0, 1, 4
 _LEFT = 0.02  # share of a file that may stay in memory when it is evicted

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pyfirst import info, memory
-from pyfirst.errors import InputError
+from pyfirst.errors import InputError, check_whole
 
 # What all cores together read from memory, GB/s (1e9 bytes); assumed, not measured here.
 BOARDS = {"pi5": 10.0, "pi4": 4.0}
@@ -42,7 +42,7 @@ def token_bytes(path: str | os.PathLike[str]) -> dict[str, Any]:
     layer's experts only those used count. Sliding windows are not taken off the context. Raises InputError.
     """
     with info.opened(path) as header:
-        info.check_whole(header, path)
+        check_whole(header, path)
         architecture = header.get("general.architecture", "")
 
         def get(name: str, default: Any = None) -> Any:

@@ -10,7 +10,7 @@ from first_convert import provenance
 from first_convert.ggufio import Entry, Gguf, rewrite
 from first_convert.upstream import gguf
 from pyfirst import metadata as key
-from pyfirst.errors import InputError
+from pyfirst.errors import InputError, check_whole
 from pyfirst.recipe import Recipe
 
 
@@ -81,9 +81,7 @@ def describe(metadata: Any, recipe: Recipe | None, base_model: str, cards: Seque
 def open_gguf(path: str | Path) -> Gguf:
     """One whole, unsplit GGUF. Raises InputError naming the fault."""
     source = Gguf(path)
-    count = source.get("split.count", 0)
-    if count > 1:
-        raise InputError(f"{path}: one of {count} pieces; join them first with llama-gguf-split --merge")
+    check_whole(source, path)
     return source
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from pyfirst import plots, predict
 from pyfirst.cli import bench_files, common
 from pyfirst.cpu import machine
-from pyfirst.errors import InputError
+from pyfirst.errors import InputError, check_whole
 from pyfirst.fit import plan
 from pyfirst.layers import evenly
 
@@ -277,7 +277,7 @@ def bench(
     says, and its layers_skipped is what they decided. Raises InputError (a ValueError).
     """
     from pyfirst import native
-    from pyfirst.info import info
+    from pyfirst.info import info, opened
 
     common.check_threads(threads)
     if repeats < 1:
@@ -292,9 +292,8 @@ def bench(
     counts = parse_skipped(skipped, n_layer)
     plan(model, max_ctx=n_ctx)  # refuses what not even one process can hold
     if load_time:
-        from first_convert.pack import open_gguf
-
-        open_gguf(model)
+        with opened(model) as header:
+            check_whole(header, model)
     if stock_lib is not None and not list(Path(stock_lib).glob("*llama.*")):
         raise InputError(f"--stock-lib {stock_lib}: no libllama there")
 

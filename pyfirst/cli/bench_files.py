@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from pyfirst.cli.common import temporary_folder
-from pyfirst.errors import InputError
+from pyfirst.errors import InputError, check_whole
 
 if TYPE_CHECKING:
     from first_convert.ggufio import Gguf
@@ -244,8 +244,7 @@ def prune(source: Gguf, keep: Sequence[int], out: str | os.PathLike[str]) -> Non
     from first_convert.ggufio import NUMBERS, Entry, pack_entry
 
     items = {number: name for name, number in NUMBERS.items()}
-    if source.get("split.count", 0) > 1:
-        raise InputError(f"{source.path}: split in pieces")
+    check_whole(source, source.path)
     architecture = source.get("general.architecture")
     count = f"{architecture}.block_count"
     n_layer, new = source.get(count), {old: i for i, old in enumerate(keep)}
