@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pyfirst.errors import InputError
 
@@ -18,6 +19,26 @@ class Example:
     prompt: str
     references: list[str]
     where: str
+
+
+def example(row: Any, where: str, task: str, *, need_references: bool = True) -> Example:
+    """A row of a task file as Example; ``task`` is that of rows that name none. Raises InputError naming ``where``."""
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+        raise InputError(f"{where}: expected an object with a text 'prompt'")
+    references = row.get("references", [row["response"]] if "response" in row else None)
+    if references is None and not need_references:
+        references = []
+    elif not isinstance(references, list) or not references:
+        raise InputError(f"{where}: expected 'references', a list of texts, or a text 'response'")
+    if not all(isinstance(text, str) and text.strip() for text in references):
+        raise InputError(f"{where}: the response or a reference is not a text, or empty")
+    try:
+        "".join([row["prompt"], *references]).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: half of a UTF-16 pair (\\ud800 to \\udfff), which is not a character") from None
+    named = row.get("task")
+    task = " ".join(str(task if named is None else named).split())  # one line, for tables
+    return Example(task, row["prompt"], references, where)
 
 
 def read_examples(
@@ -43,21 +64,7 @@ def read_examples(
             raise InputError(f"{where}: not UTF-8 text (byte {error.start})") from None
         except ValueError as error:
             raise InputError(f"{where}: not valid JSON ({error}); expected one object a line") from None
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-            raise InputError(f"{where}: expected an object with a text 'prompt'")
-        references = row.get("references", [row["response"]] if "response" in row else None)
-        if references is None and not need_references:
-            references = []
-        elif not isinstance(references, list) or not references:
-            raise InputError(f"{where}: expected 'references', a list of texts, or a text 'response'")
-        if not all(isinstance(text, str) and text.strip() for text in references):
-            raise InputError(f"{where}: the response or a reference is not a text, or empty")
-        try:
-            "".join([row["prompt"], *references]).encode()
-        except UnicodeEncodeError:
-            raise InputError(f"{where}: half of a UTF-16 pair (\\ud800 to \\udfff), which is not a character") from None
-        task = " ".join(str(row.get("task", path.name.split(".")[0])).split())  # one line, for tables
-        examples.append(Example(task, row["prompt"], references, where))
+        examples.append(example(row, where, path.name.split(".")[0], need_references=need_references))
     if not examples:
         raise InputError(f"{path}: no examples in it")
     return examples

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from first_convert.convert import convert
 from pyfirst.errors import InputError
 from pyfirst.recipe import load_recipe
+from pyfirst.tasks import Example
 from pyfirst.training import phases, report
-from pyfirst.training.data import MixedSampler, encode, hold_back, load_examples, read_jsonl, read_rows
+from pyfirst.training.data import MixedSampler, encode, hold_back, load_examples, read_rows
 from pyfirst.training.objectives import steer
 from pyfirst.training.routers import FirstModel, Routers
 from pyfirst.training.train import build_parser, main, protected_layers, train
@@ -89,7 +90,7 @@ def test_stored_recipe_decides_as_measured(folder, trained, data):
     routers = Routers.from_recipe(recipe)
     base = PeftModel.from_pretrained(tiny.load(folder), trained)
     model = FirstModel(base, routers, config.threshold, config.prefill, protected=config.protected)
-    examples, _ = load_examples(read_jsonl(data), AutoTokenizer.from_pretrained(folder), 512)
+    examples, _ = load_examples(read_rows(str(data)), AutoTokenizer.from_pretrained(folder), 512)
     results = report.measure(model, hold_back(examples, 6, 1)[1], 4)
     stored = config.training["held_back"]
     assert results["skipped"] == stored["skipped"]
@@ -388,11 +389,16 @@ def test_a_data_set_by_name(monkeypatch):
     fake = types.ModuleType("datasets")
     fake.load_dataset = lambda name, split: Table([{"prompt": name, "response": split, "other": 1}])
     monkeypatch.setitem(sys.modules, "datasets", fake)
-    assert read_rows("me/mine:dev") == [{"prompt": "me/mine", "response": "dev", "task": "mine"}]
-    assert read_rows("me/mine:train[:10%]")[0]["response"] == "train[:10%]"
+    assert read_rows("me/mine:dev") == [Example("mine", "me/mine", ["dev"], "me/mine:dev: row 0")]
+    assert read_rows("me/mine:train[:10%]")[0].references == ["train[:10%]"]
     fake.load_dataset = lambda name, split: Table([{"prompt": name, "response": None}])
-    with pytest.raises(InputError, match="row 0: the prompt or the response"):
+    with pytest.raises(InputError, match="row 0: the response or a reference"):
         read_rows("me/mine")
+    fake.load_dataset = lambda name, split: Table([{"prompt": "half \ud83d", "response": "a", "task": "two\nlines"}])
+    with pytest.raises(InputError, match="row 0: half of a UTF-16 pair"):
+        read_rows("me/mine")
+    fake.load_dataset = lambda name, split: Table([{"prompt": "b", "response": "a", "task": "two\nlines"}])
+    assert read_rows("me/mine")[0].task == "two lines"
     Table.column_names = ("prompt", "text")
     with pytest.raises(InputError, match="no column 'response'"):
         read_rows("me/mine")
@@ -428,7 +434,7 @@ def test_wrong_data_names_the_line(tmp_path, text, words):
     path = tmp_path / "bad.jsonl"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=words):
-        read_jsonl(path)
+        read_rows(str(path))
 
 
 def test_what_is_no_model_is_refused(folder, data, trained, tmp_path, capsys):
@@ -557,7 +563,7 @@ def test_long_prompts_lose_their_end_but_not_the_template():
 
 
 def test_every_task_is_in_every_step_and_no_prompt_on_both_sides(data):
-    examples, _ = load_examples(read_jsonl(data), tiny.tokenizer(), 200)
+    examples, _ = load_examples(read_rows(str(data)), tiny.tokenizer(), 200)
     training, held = hold_back(examples, 6, 1)
     assert not {e.text for e in training} & {e.text for e in held}
     assert {e.task for e in held} == {"math", "text"}

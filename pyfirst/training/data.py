@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
+from pyfirst import tasks
 from pyfirst.errors import InputError
-from pyfirst.tasks import read_examples
 
 # Batches are this many tokens long, or a multiple: on CPUs every new length leaves compiled kernels in memory.
 STRIDE = 16
@@ -40,15 +40,13 @@ class Example:
         return len(self.prompt) + len(self.response)
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, str]]:
-    """Lines of a task file as dicts of prompt, response and task. Raises InputError naming the line."""
-    return [{"prompt": e.prompt, "response": e.references[0], "task": e.task} for e in read_examples(path)]
+def read_rows(name: str) -> list[tasks.Example]:
+    """Examples of a task file, or of a data set's split, ``owner/name[:split]``, with the same columns.
 
-
-def read_rows(name: str) -> list[dict[str, str]]:
-    """As ``read_jsonl``, or the split of a data set, ``owner/name[:split]``, with the same columns."""
+    Raises InputError naming the line or row.
+    """
     if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:.+)?", name) or name.endswith(".jsonl"):
-        return read_jsonl(name)
+        return tasks.read_examples(name)
     try:
         from datasets import load_dataset
     except ImportError:
@@ -61,13 +59,8 @@ def read_rows(name: str) -> list[dict[str, str]]:
         raise InputError(f"{name}: cannot be loaded as a data set ({error})") from error
     if missing:
         raise InputError(f"{name}: no column '{min(missing)}', found {', '.join(table.column_names)}")
-    rows = []
-    for number, row in enumerate(table):
-        if not all(isinstance(row[key], str) and row[key].strip() for key in ("prompt", "response")):
-            raise InputError(f"{name}: row {number}: the prompt or the response is not a text, or empty")
-        task = row.get("task", dataset.split("/")[1])
-        rows.append({"prompt": row["prompt"], "response": row["response"], "task": str(task)})
-    return rows
+    task = dataset.split("/")[1]
+    return [tasks.example(row, f"{name}: row {number}", task) for number, row in enumerate(table)]
 
 
 def encode(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], list[int]]:
@@ -98,7 +91,7 @@ def encode(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], list[
 
 
 def load_examples(
-    rows: Sequence[dict[str, str]], tokenizer: Any, max_length: int
+    rows: Sequence[tasks.Example], tokenizer: Any, max_length: int
 ) -> tuple[list[Example], dict[str, int]]:
     """Encode rows; prompts that are too long lose their end, before the template closes around them.
 
@@ -107,8 +100,8 @@ def load_examples(
     """
     examples, counts = [], {"shortened": 0, "dropped": 0}
     for row in rows:
-        text = row["prompt"]
-        prompt, response = encode(tokenizer, text, row["response"])
+        text, answer = row.prompt, row.references[0]
+        prompt, response = encode(tokenizer, text, answer)
         excess = len(prompt) + len(response) - max_length
         if excess > 0:
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -117,13 +110,13 @@ def load_examples(
                 counts["dropped"] += 1
                 continue
             text = tokenizer.decode(ids[: len(ids) - excess - 2]).rstrip("\ufffd")  # a character that was cut in two
-            prompt, response = encode(tokenizer, text, row["response"])
+            prompt, response = encode(tokenizer, text, answer)
             counts["shortened"] += 1
             if len(prompt) + len(response) > max_length:
                 counts["dropped"] += 1
                 continue
         # Lists of ints take ten times the memory, and data sets are large.
-        examples.append(Example(array("i", prompt), array("i", response), row["task"], row["prompt"]))
+        examples.append(Example(array("i", prompt), array("i", response), row.task, row.prompt))
     return examples, counts
 
 
@@ -177,10 +170,10 @@ class MixedSampler(Sampler[int]):
         self, examples: Sequence[Example], batch: int, accumulation: int, seed: int, limit: int | None = None
     ) -> None:
         self.lengths = [len(e) for e in examples]
-        tasks: dict[str, list[int]] = {}
+        groups: dict[str, list[int]] = {}
         for index, example in enumerate(examples):
-            tasks.setdefault(example.task, []).append(index)
-        self.tasks = [tasks[task] for task in sorted(tasks)]
+            groups.setdefault(example.task, []).append(index)
+        self.tasks = [groups[task] for task in sorted(groups)]
         self.batch, self.step, self.seed = batch, batch * accumulation, seed
         size = max(map(len, self.tasks)) * len(self.tasks)
         self.size = max(1, min(size, limit or size) // self.step) * self.step
