@@ -24,13 +24,27 @@ _NAMES = (
 _USED = set(_NAMES.split())
 
 
-def flags(text: str) -> set[str]:
-    """The instructions that a /proc/cpuinfo lists, those that matter here."""
+def _listed(text: str) -> set[str]:
+    """The instructions that a /proc/cpuinfo lists."""
     for line in text.splitlines():
         name, _, found = line.partition(":")
         if name.strip() in ("flags", "Features"):
-            return _USED & set(found.split())
+            return set(found.split())
     return set()
+
+
+def flags(text: str) -> set[str]:
+    """The instructions that a /proc/cpuinfo lists, those that matter here."""
+    return _USED & _listed(text)
+
+
+def multiplies_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool | None:
+    """Whether the processor multiplies bfloat16 numbers itself; None where that cannot be told."""
+    try:
+        found = _listed(cpuinfo.read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & found) if found else None
 
 
 def check(lib_dir: Path, cpuinfo: Path = Path("/proc/cpuinfo")) -> None:

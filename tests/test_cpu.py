@@ -42,6 +42,22 @@ def test_no_cpuinfo_no_check(tmp_path):
     cpu.check(tmp_path, tmp_path / "none")
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (ZEN, False),
+        (ZEN.replace("avx512f", "avx512_bf16"), True),
+        (A76, False),
+        (A76.replace("aes", "bf16"), True),
+        ("", None),
+    ],
+)
+def test_bfloat16(text, found, tmp_path):
+    (tmp_path / "cpuinfo").write_text(text)
+    assert cpu.multiplies_bf16(tmp_path / "cpuinfo") is found
+    assert cpu.multiplies_bf16(tmp_path / "none") is None
+
+
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="no /proc/cpuinfo")
 def test_import_says_it(tmp_path):
     folder = tmp_path / "lib"

@@ -382,6 +382,14 @@ def test_a_teacher_of_another_rank_is_refused(folder, data, trained, tmp_path, c
     assert "expected rank 4" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU multiplies bfloat16")
+@pytest.mark.parametrize("able", [True, False, None])
+def test_bf16_on_a_processor_without_it_is_warned_of(folder, data, tmp_path, monkeypatch, capsys, able):
+    monkeypatch.setattr("pyfirst.training.train.multiplies_bf16", lambda: able)
+    assert main(arguments(folder, data, tmp_path / "out", "--bf16")) == 0
+    assert ("does not multiply bfloat16" in capsys.readouterr().err) == (able is False)
+
+
 def test_a_data_set_by_name(monkeypatch):
     class Table(list):
         column_names = ("prompt", "response", "other")

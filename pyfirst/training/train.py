@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pyfirst.cli.common import parser, run
+from pyfirst.cpu import multiplies_bf16
 from pyfirst.errors import InputError
 from pyfirst.metadata import NORMS, PREFILL_MODES
 from pyfirst.recipe import (
@@ -330,6 +331,8 @@ def train(args: argparse.Namespace) -> Path:
     routers = Routers.from_recipe(earlier) if earlier else Routers(count, width, config.router_norm)
     model = FirstModel(base, routers, config.threshold, config.prefill, config.window, config.protected)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if args.bf16 and not torch.cuda.is_available() and multiplies_bf16() is False:
+        report.say("warning: this processor does not multiply bfloat16 itself: --bf16 takes several times as long here")
 
     def prior() -> None:
         some = sample()
