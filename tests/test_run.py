@@ -46,6 +46,7 @@ def routed(tiny_model, tmp_path_factory) -> str:
 
 def said(capfd, *argv: str) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of the command, native output included."""
+    capfd.readouterr()  # what making a fixture has printed
     code = main([*map(str, argv)])
     return code, *capfd.readouterr()
 

@@ -385,8 +385,12 @@ def test_a_teacher_of_another_rank_is_refused(folder, data, trained, tmp_path, c
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU multiplies bfloat16")
 @pytest.mark.parametrize("able", [True, False, None])
 def test_bf16_on_a_processor_without_it_is_warned_of(folder, data, tmp_path, monkeypatch, capsys, able):
+    def stop(*_):
+        raise InputError("enough")
+
     monkeypatch.setattr("pyfirst.training.train.multiplies_bf16", lambda: able)
-    assert main(arguments(folder, data, tmp_path / "out", "--bf16")) == 0
+    monkeypatch.setattr("pyfirst.training.checkpoints.begin", stop)
+    assert main(arguments(folder, data, tmp_path / "out", "--bf16")) == 2
     assert ("does not multiply bfloat16" in capsys.readouterr().err) == (able is False)
 
 
@@ -413,6 +417,18 @@ def test_a_data_set_by_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match="pip install datasets"):
         read_rows("me/mine")
+
+
+@pytest.mark.parametrize(
+    ("options", "drawn", "words"),
+    [(("--steps", "1"), 3, "trained on: 24 examples"), (("--phase", "routers"), 0, "fitted to some of")],
+)
+def test_the_card_counts_the_steps_that_were_taken(folder, data, tmp_path, options, drawn, words):
+    """Each of the three phases takes a step at least; routers alone are fitted, which takes none."""
+    assert main(arguments(folder, data, tmp_path / "out", *options)) == 0
+    training = load_recipe(tmp_path / "out").config.training
+    assert training["drawn"] == drawn * training["options"]["batch_size"] * training["options"]["grad_accum"]
+    assert words in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 def test_two_processes_write_one_recipe(folder, data, tmp_path):

@@ -182,6 +182,7 @@ def card(config: FirstConfig, args: argparse.Namespace) -> str:
     front = [f"base_model: {config.base_model}", "tags: [first, layer-skipping]"]
     if args.base_license:
         front.insert(0, f"license: {args.base_license}")
+    drawn = config.training["drawn"]
     lines = ["---", *front, "---", "", f"# FiRST recipe for {config.base_model}", ""]
     lora = f" and a LoRA of rank {args.lora_r}" if args.phase != "routers" else ""
     lines += [
@@ -191,7 +192,7 @@ def card(config: FirstConfig, args: argparse.Namespace) -> str:
         "",
         f"- prefill {config.prefill}, threshold {config.threshold:.4f}, router norm {config.router_norm}, "
         f"never skipped: {', '.join(map(str, config.protected)) or 'none'}",
-        f"- trained on: {config.training['drawn']} examples drawn from "
+        (f"- trained on: {drawn} examples drawn from " if drawn else "- fitted to some of ")
         + ", ".join(f"{count} {task}" for task, count in config.training["data"].items()),
     ]
     lines += [f"- {note}" for note in args.note]

@@ -440,7 +440,7 @@ def train(args: argparse.Namespace) -> Path:
     config.training = {
         "options": report.options(args, build_parser()),
         "steps": steps,
-        "drawn": steps * per_step,
+        "drawn": sum(entry["steps"] for entry in history) * per_step,
         "data": {task: sum(e.task == task for e in training) for task in sorted({e.task for e in training})},
         "truncation": counts,
         "phases": history,
