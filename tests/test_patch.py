@@ -368,7 +368,8 @@ def test_flash_attention_sees_only_the_rows_that_keep_the_layer(arch, kv_unified
         ]
         for seq, mask in enumerate(every):
             truth = run(alone, mask, "skip", prompts[seq], following[seq])[len(prompts[seq]) :]
-            assert np.abs(np.array(rows)[:, seq] - truth).max() < 1e-3
+            # With all layers a batch is off by 2e-3 where the processor has AVX2 alone; another mask is, by 2 at least.
+            assert np.abs(np.array(rows)[:, seq] - truth).max() < 1e-2
 
 
 def rows_computed(path, layer_masks: Sequence[np.ndarray], **kwargs) -> dict[int, int]:

@@ -574,14 +574,16 @@ def test_encoding_is_what_the_runtime_feeds():
 def test_long_prompts_lose_their_end_but_not_the_template():
     tokens = tiny.tokenizer()
     rows = [
-        {"prompt": "the quick brown fox " * 50, "response": "dog", "task": "a"},
-        {"prompt": "fox", "response": "dog " * 200, "task": "a"},
+        Example("a", "the quick brown fox " * 50, ["dog"], "1"),
+        Example("a", "fox", ["dog " * 200], "2"),
     ]
     examples, counts = load_examples(rows, tokens, 60)
     assert counts == {"shortened": 1, "dropped": 1}
     assert len(examples[0]) <= 60
     text = tokens.decode(examples[0].prompt)
-    assert "\ufffd" not in tokens.decode(load_examples([{**rows[0], "prompt": "日" * 50}], tokens, 59)[0][0].prompt)
+    assert "\ufffd" not in tokens.decode(
+        load_examples([Example("a", "日" * 50, ["dog"], "3")], tokens, 59)[0][0].prompt
+    )
     assert text.startswith("<|im_start|>user\nthe quick")
     assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
 
