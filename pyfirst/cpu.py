@@ -16,10 +16,10 @@ SYSFS = Path("/sys/devices/system/cpu")
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 
-# What llama.cpp's CPU backend makes use of, as /proc/cpuinfo names it on x86-64 and on aarch64.
+# What our build of llama.cpp's CPU backend makes use of, as /proc/cpuinfo names it on x86-64 and on aarch64.
 _NAMES = (
     "sse4_2 avx f16c fma avx2 bmi2 avx_vnni avx512f avx512bw avx512vl avx512dq avx512cd avx512_vbmi avx512vbmi "
-    "avx512_vnni avx512_bf16 amx_tile amx_int8 amx_bf16 asimddp asimdhp i8mm sve sve2 sme"
+    "avx512_vnni avx512_bf16 asimddp asimdhp i8mm sve sve2 sme"
 )
 _USED = set(_NAMES.split())
 

@@ -21,11 +21,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import llama_cpp
 import numpy as np
 from native_model import NativeModel
 
 from pyfirst.cli.bench_files import SHAPES, synthetic
+
+import llama_cpp  # isort: skip  (after native_model, which points it at our library)
 
 Masks = np.ndarray  # bool [sequence, layer]
 TITLES = {
