@@ -295,8 +295,10 @@ class FirstBatch:
         self._check_open()
         return b"".join(native.token_bytes(self._model.vocab, token) for token in tokens).decode("utf-8", "ignore")
 
-    def answer_start(self, prompt: str | Sequence[int]) -> int:
-        """Characters of a prompt: the offset of its answer, as in FirstLlama's log-probabilities."""
+    def answer_start(self, prompt: str | Sequence[int], logprobs: int | None) -> int:
+        """Characters of a prompt, where its log-probabilities begin; 0 where none are asked for and none will look."""
+        if logprobs is None:
+            return 0
         return len(prompt if isinstance(prompt, str) else self.text(prompt))
 
     def threshold_for(self, skip: float) -> float:
@@ -671,7 +673,7 @@ class FirstBatch:
             except InputError as error:
                 raise InputError(f"prompt {i}: {error}") from None
         asked = zip(prompts, requests, strict=True)
-        starts = [0 if request.logprobs is None else self.answer_start(prompt) for prompt, request in asked]
+        starts = [self.answer_start(prompt, request.logprobs) for prompt, request in asked]
         events = self._run(requests, starts)
         if stream:
             return events

@@ -40,7 +40,8 @@ _F32 = 4
 _OTHER, _PER_TOKEN = 30 << 20, 200
 _THREAD = 80 << 20  # address space of a thread: stack and heap
 _UNLIMITED = 1 << 60  # what version 1 cgroups say
-_ITEM = {0: 4.0, 2: 0.5625, 3: 0.625, 6: 0.6875, 7: 0.75, 8: 1.0625}  # ggml type -> bytes a value; others: 2
+# ggml types that keys and values may have -> bytes a value: f32, f16, q4_0, q4_1, q5_0, q5_1, q8_0, iq4_nl, bf16
+_ITEM = {0: 4.0, 1: 2.0, 2: 0.5625, 3: 0.625, 6: 0.6875, 7: 0.75, 8: 1.0625, 20: 0.5625, 30: 2.0}
 # Types that llama.cpp rearranges on some processor (ggml-cpu/repack.cpp); where it does, they are copied.
 _COPIED = {"q1_0", "q2_K", "q4_0", "q4_K", "q5_K", "q6_K", "q8_0", "iq4_nl", "mxfp4"}
 
@@ -227,10 +228,16 @@ def plan(
         verbose: print the plan to stderr.
 
     A file that says nothing of its size gets the defaults: whoever loads it says why. Raises InputError for a file that
-    cannot be read, and with the numbers when nothing fits.
+    cannot be read, a size below 0, a type that keys and values cannot have, and with the numbers when nothing fits.
     """
     path = os.fspath(path)
-    item = max(_ITEM.get(kind, 2.0) if kind is not None else 2.0 for kind in (type_k, type_v))
+    for name, value in (("n_ctx", n_ctx), ("n_batch", n_batch)):
+        if value is not None and value < 0:
+            raise InputError(f"{name} is {value}, expected a number of tokens")
+    for name, kind in (("type_k", type_k), ("type_v", type_v)):
+        if kind is not None and kind not in _ITEM:  # llama.cpp ends the process
+            raise InputError(f"{name} is {kind}, expected a ggml type of keys and values: {', '.join(map(str, _ITEM))}")
+    item = max(_ITEM[1 if kind is None else kind] for kind in (type_k, type_v))
     with opened(path) as header:
         try:
             model = Estimate(path, header, n_seq=n_seq, item=item, threads=threads, scores=scores)

@@ -9,6 +9,7 @@ import importlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -145,9 +146,21 @@ def final_answers(texts: list[str], references: list[list[str]]) -> Statistic:
 
 
 def bertscorer(model: str | None) -> Callable[[list[str], list[list[str]]], Statistic]:
-    """A function to the mean F1 of BERTScore, the best over the references, 0 to 100; ``model`` None: for English."""
+    """A function to the mean F1 of BERTScore, the best over the references, 0 to 100; ``model`` None: for English.
+
+    The layer that is compared is the one that bert-score found best for a model of that name, otherwise the last.
+    """
     package = need("bert_score", "bertscore", "pip install bert-score")
-    scorer = package.BERTScorer(model_type=model) if model else package.BERTScorer(lang="en")
+    if model is None:
+        scorer = package.BERTScorer(lang="en")
+    else:
+        best = {name.rpartition("/")[2]: layer for name, layer in package.utils.model2layers.items()}
+        layer = best.get(Path(model).name)
+        if layer is None:
+            from transformers import AutoConfig
+
+            layer = AutoConfig.from_pretrained(model).num_hidden_layers
+        scorer = package.BERTScorer(model_type=model, num_layers=layer)
 
     def score(texts: list[str], references: list[list[str]]) -> Statistic:
         return mean(100 * np.asarray(scorer.score(texts, references)[2], np.float64))

@@ -478,7 +478,7 @@ def create_app(engine: Engine) -> FastAPI:
         if not all(prompts) or not prompts:
             raise InputError("the prompt is empty: at least one token must decide")
         jobs = await submit(prompts, body.max_tokens, body.logprobs, body)
-        starts = [0 if body.logprobs is None else batch.answer_start(prompt) for prompt in prompts]
+        starts = [batch.answer_start(prompt, body.logprobs) for prompt in prompts]
         return await respond(http, body, jobs, starts)
 
     @app.post("/v1/chat/completions")

@@ -16,9 +16,9 @@ from test_patch import STOCK
 from first_convert import convert
 from first_convert.ggufio import Entry, Gguf, rewrite
 from first_convert.pack import open_gguf
-from pyfirst import native
+from pyfirst import native, predict
 from pyfirst.cli import bench_files
-from pyfirst.cli.bench import _worker, bench, main, parse_lengths, parse_skipped, spread
+from pyfirst.cli.bench import _worker, bench, main, parse_lengths, parse_skipped, predicted, spread
 from pyfirst.errors import InputError
 from pyfirst.fit import Room
 
@@ -192,6 +192,19 @@ def test_synthetic_from_the_command_line_leaves_nothing_unless_kept(tmp_path, mo
         assert [file.name for file in cache.iterdir()] == ["qwen3-0.6b-q8_0.gguf"]
 
 
+def test_a_prediction_for_a_synthetic_file_writes_its_header_only(tmp_path, monkeypatch, capfd):
+    shape = SMALL["llama-3.2-1b"]
+    for name, weights in (("whole", True), ("header", False)):
+        bench_files.write_synthetic(shape, tmp_path / name, weights=weights)
+    assert predict.token_bytes(tmp_path / "header") == predict.token_bytes(tmp_path / "whole")
+    whole, header = ((tmp_path / name).stat() for name in ("whole", "header"))
+    assert header.st_size == whole.st_size and header.st_blocks < whole.st_blocks / 2
+    monkeypatch.setattr(bench_files, "SHAPES", {"llama-3.2-1b": shape})
+    assert main(["--synthetic", "llama-3.2-1b", "--predict", "10", "-p", "64", "-n", "8", "--json"]) == 0
+    runs = json.loads(capfd.readouterr().out)["runs"]
+    assert runs == predicted(str(tmp_path / "whole"), 10, prompt_length="64", n_predict=8)["runs"]
+
+
 def test_without_a_pruned_copy_the_line_is_fitted_to_the_forced_runs(tiny_model, monkeypatch):
     def prune(*_):
         raise InputError("split in pieces")
@@ -260,6 +273,11 @@ def test_pruned_copy_computes_what_the_mask_does(arch, tiny_model, tmp_path):
         (["--plot", "{plots}.png"], "plots.png: a folder, expected a file"),
         (["--synthetic", "gpt-9"], "expected one of llama-3.2-1b"),
         (["--synthetic", "qwen3-0.6b", "--type", "q9"], "expected one of f32"),
+        (["--synthetic", "qwen3-0.6b", "--keep", "--predict", "10"], "leaves no file to --keep"),
+        (["--type", "q8_0"], "for the file of --synthetic"),
+        (["--keep"], "for the file of --synthetic"),
+        (["--predict", "10", "--load-time"], "--predict makes none"),
+        (["--predict", "10", "--stock-lib", "{folder}"], "--predict makes none"),
         (["--stock-lib", "{folder}"], "no libllama there"),
         (["--stock-lib", "{ours}"], "this library is patched"),
         (["--stock-lib", "{broken}"], "--stock-lib {broken}: Failed to load shared library"),

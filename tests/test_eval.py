@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -467,6 +468,22 @@ def test_bertscore_where_it_is_installed(plain, data, monkeypatch):
     monkeypatch.setitem(sys.modules, "bert_score", Stub)
     result = evaluate([plain], [data], metrics=["bertscore"], max_tokens=2)
     assert result["systems"][0]["total"]["bertscore"]["value"] == pytest.approx(65)
+
+
+def test_bertscore_of_a_named_model_compares_the_layer_that_suits_it(tiny_model, monkeypatch):
+    """bert-score knows a layer for some names only, and fails with a KeyError for all others."""
+    asked: list[dict] = []
+
+    stub = SimpleNamespace(
+        utils=SimpleNamespace(model2layers={"roberta-large": 17, "microsoft/deberta-base": 9}),
+        BERTScorer=lambda **options: asked.append(options),
+    )
+    monkeypatch.setitem(sys.modules, "bert_score", stub)
+    folder = str(tiny_model("llama")[0])
+    for model in ("roberta-large", "/disk/deberta-base", folder):
+        scores.bertscorer(model)
+    assert [options["num_layers"] for options in asked] == [17, 9, 4]
+    assert [options["model_type"] for options in asked] == ["roberta-large", "/disk/deberta-base", folder]
 
 
 def test_unknown_metric(plain, data):

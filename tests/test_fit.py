@@ -147,6 +147,21 @@ def test_options_of_the_user_stay(model, available):
         assert batch.n_batch == 64
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_ctx": -1}, "n_ctx is -1"),
+        ({"n_batch": -5}, "n_batch is -5"),
+        ({"type_k": 99}, "type_k is 99, expected a ggml type of keys and values: 0, 1, 2"),
+        ({"type_v": 12}, "type_v is 12"),  # q4_K, which llama.cpp would end the process for
+    ],
+    ids=str,
+)
+def test_sizes_and_types_that_cannot_be(options, message, model):
+    with pytest.raises(InputError, match=message):
+        FirstLlama(model, **options)
+
+
 def test_the_window_that_decides_is_one_batch(tiny_model, tmp_path, available):
     folder, base = tiny_model("llama")
     recipe = tiny.recipe(tmp_path / "recipe", folder, prefill="skip", window=200)

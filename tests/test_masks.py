@@ -149,6 +149,7 @@ def test_picture_and_json_of_the_command(made, tmp_path, capsys):
         (["{routed}", "--data", "{bad}"], "bad.jsonl:1: expected an object with a text 'prompt'"),
         (["{routed}", "-p", "the dog " * 20, "-c", "16"], "expected 1 to 16; see -c"),
         (["{routed}", "-p", "x", "--limit", "0"], "--limit is 0"),
+        (["{routed}", "-p", "caf\udce9"], "-p is not UTF-8"),
     ],
 )
 def test_wrong_input_is_one_line(options, message, made, tiny_model, tmp_path, capfd):

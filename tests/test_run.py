@@ -283,6 +283,7 @@ def test_the_context_ends_the_answer(routed, capfd):
         (["-p", ""], "prompt is empty"),
         (["-f", "{empty}"], "prompt is empty"),
         (["-f", "{binary}"], "not UTF-8"),
+        (["-p", "caf\udce9"], "-p is not UTF-8"),
         (["-f", "{missing}"], "No such file"),
         (["-p", "x", "-f", "{empty}"], "exclude each other"),
         ([], "no prompt"),

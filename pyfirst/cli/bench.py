@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SHAPE",
         help=f"a file of random weights, made here and removed afterwards: {', '.join(bench_files.SHAPES)}",
     )
-    add("--type", default="q4_0", metavar="TYPE", help="tensor type of --synthetic (default: q4_0)")
+    add("--type", metavar="TYPE", help="tensor type of --synthetic (default: q4_0)")
     add("--keep", action="store_true", help=f"keep the file of --synthetic, in {bench_files.cache_dir()}")
     add("--stock-lib", metavar="DIR", help="folder of an unpatched libllama, to compare the dense path with")
     add("-t", "--threads", type=int, default=1, metavar="N", help="threads (default: 1)")
@@ -522,6 +522,12 @@ def command(args: argparse.Namespace) -> None:
     bandwidth = None if args.predict is None else predict.parse_bandwidth(args.predict)
     if bandwidth is not None and args.plot:
         raise InputError("--plot draws measurements, --predict makes none")
+    if bandwidth is not None and (args.stock_lib is not None or args.load_time):
+        raise InputError("--stock-lib and --load-time are for measurements, --predict makes none")
+    if bandwidth is not None and args.keep:
+        raise InputError("--predict reads a header only and leaves no file to --keep")
+    if (args.keep or args.type) and not args.synthetic:
+        raise InputError("--type and --keep are for the file of --synthetic")
     if args.plot:
         plots.check(args.plot)
 
@@ -534,7 +540,8 @@ def command(args: argparse.Namespace) -> None:
             model = args.model
             if args.synthetic:
                 progress("making the file")
-                model = str(stack.enter_context(bench_files.synthetic(args.synthetic, args.type, args.keep)))
+                made = bench_files.synthetic(args.synthetic, args.type or "q4_0", args.keep, weights=bandwidth is None)
+                model = str(stack.enter_context(made))
             if bandwidth is not None:
                 progress("reading the header")
                 result = predicted(

@@ -153,12 +153,18 @@ def _write_header(file: BinaryIO, pairs: Sequence[bytes], infos: Sequence[tuple[
 
 
 def write_synthetic(
-    shape: Shape, out: str | os.PathLike[str], kind: str = "q4_0", name: str = "synthetic", seed: int = 0
+    shape: Shape,
+    out: str | os.PathLike[str],
+    kind: str = "q4_0",
+    name: str = "synthetic",
+    seed: int = 0,
+    weights: bool = True,
 ) -> None:
     """Write a random model of a shape, its matrices of a type in KINDS.
 
     As llama-quantize does, an embedding matrix that is the output too gets q6_K where ``kind`` is smaller. Rows are
-    drawn from a pool that is quantised once, so that memory stays at some megabytes. Raises InputError.
+    drawn from a pool that is quantised once, so that memory stays at some megabytes. Without ``weights`` all of them
+    are a hole that takes no disk: enough for whoever reads the header only. Raises InputError.
     """
     from first_convert.ggufio import pack_entry
 
@@ -191,10 +197,13 @@ def write_synthetic(
     ]
     free = shutil.disk_usage(Path(out).parent).free
     total = sum(size for *_, size in infos)
-    if free < total + (1 << 24):
+    if weights and free < total + (1 << 24):
         raise InputError(f"{out}: needs {total / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there")
     with Path(out).open("wb") as file:
         _write_header(file, [pack_entry(entry) for entry in _keys(shape, name)], infos)
+        if not weights:
+            file.truncate(file.tell() + sum(-(-size // _ALIGNMENT) * _ALIGNMENT for *_, size in infos))
+            return
         for _, dims, kind in tensors:
             if len(dims) == 1:
                 file.write(np.ones(dims, np.float32).tobytes())
@@ -220,7 +229,7 @@ def folder() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def synthetic(name: str, kind: str = "q4_0", keep: bool = False) -> Iterator[Path]:
+def synthetic(name: str, kind: str = "q4_0", keep: bool = False, weights: bool = True) -> Iterator[Path]:
     """A file by write_synthetic(), removed at the end; with ``keep`` it stays in cache_dir() and is used again."""
     if name not in SHAPES:
         raise InputError(f"--synthetic is '{name}', expected one of {', '.join(SHAPES)}")
@@ -232,7 +241,7 @@ def synthetic(name: str, kind: str = "q4_0", keep: bool = False) -> Iterator[Pat
         return
     with folder() as temporary:
         made = temporary / kept.name
-        write_synthetic(SHAPES[name], made, kind, name)
+        write_synthetic(SHAPES[name], made, kind, name, weights=weights)
         yield made.replace(kept) if keep else made
 
 

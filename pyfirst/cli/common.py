@@ -72,6 +72,14 @@ def check_threads(threads: int) -> None:
         raise InputError(f"-t is {threads}, expected 1 to {MAX_THREADS} threads")
 
 
+def check_text(option: str, text: str) -> None:
+    """Raise InputError for text of the command line that is not UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"{option} is not UTF-8 text") from None
+
+
 def parse_share(text: str) -> float:
     """'20%' or '0.2' as a number from 0 to 1. Raises InputError."""
     number = text.strip()

@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"some of {', '.join(METRICS)} (default: all but bertscore, which downloads a model). ce is the "
         "cross-entropy in nats a token of the first reference; alone, nothing is generated",
     )
-    add("--bertscore-model", metavar="NAME", help="model for bertscore (default: bert-score's for English)")
+    add("--bertscore-model", metavar="NAME", help="model or folder for bertscore (default: bert-score's for English)")
     add("--exact", action="store_true", help="also exact matches, and right numbers behind ####")
     common.add_model_options(parser)
     add("--skip", metavar="SHARE", help="routed: skip this share of the layers on average, such as 20%% or 0.2")

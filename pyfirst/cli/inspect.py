@@ -165,6 +165,8 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     common.check_model_options(args)
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit is {args.limit}, expected at least 1")
+    for prompt in args.prompt:
+        common.check_text("-p", prompt)
     if args.plot and not (args.prompt or args.data):
         raise InputError("--plot needs prompts: see -p and --data")
     if args.plot:

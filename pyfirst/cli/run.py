@@ -109,10 +109,7 @@ def read_prompt(prompt: str | None, file: str | None) -> str | None:
         return None
     if not prompt:
         raise InputError("the prompt is empty: at least one token must decide")
-    try:
-        prompt.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InputError("-p is not UTF-8 text") from None
+    common.check_text("-p", prompt)
     return prompt
 
 

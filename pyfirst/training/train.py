@@ -26,6 +26,7 @@ from pyfirst.recipe import (
     ADAPTER_WEIGHTS_NAME,
     CONFIG_NAME,
     FirstConfig,
+    Recipe,
     load_recipe,
     save_recipe,
 )
@@ -156,6 +157,57 @@ def protected_layers(text: str, count: int) -> list[int]:
     return sorted(result)
 
 
+def settle_options(
+    args: argparse.Namespace, earlier: Recipe | None, count: int, width: int
+) -> tuple[argparse.Namespace, FirstConfig, int]:
+    """What the options mean for a model of ``count`` layers: options, what the recipe will say, layers to leave out.
+
+    ``earlier`` is the recipe whose routers stay as they are. Raises InputError for what such a model cannot do.
+    """
+    import torch
+
+    from pyfirst.training.search import removals_of, static_mask
+
+    if earlier and (earlier.config.block_count, earlier.config.embedding_length) != (count, width):
+        raise InputError(
+            f"{args.recipe}: routers for {earlier.config.block_count} layers of width "
+            f"{earlier.config.embedding_length}, the model has {count} of width {width}"
+        )
+    if earlier:  # what its routers were trained with, whatever the defaults are
+        own = {name: getattr(earlier.config, name) for name in ("prefill", "window", "router_norm")}
+        own["protect"] = ",".join(map(str, earlier.config.protected)) or "none"
+        own["target_skip"] = earlier.config.training.get("options", {}).get("target_skip", args.target_skip)
+        args = argparse.Namespace(**{**vars(args), **own})
+    config = (
+        copy.deepcopy(earlier.config)
+        if earlier
+        else FirstConfig(
+            count,
+            width,
+            router_norm=args.router_norm,
+            prefill=args.prefill,
+            window=args.window,
+            protected=protected_layers(args.protect, count),
+        )
+    )
+    here = Path(args.model)
+    config.base_model = args.base_name or (here.resolve().name if here.is_dir() else args.model)
+    unprotected = count - len(config.protected)
+    removals = removals_of(args.target_skip, count)
+    if unprotected == 0:
+        raise InputError("every layer is protected, so none can be skipped; see --protect")
+    if removals > min(unprotected, count - 1) and not earlier:
+        raise InputError(
+            f"--target-skip {args.target_skip}: {removals} layers of {count}, but only {unprotected} of {count} are "
+            "unprotected and one at least must run"
+        )
+    if args.static not in (None, "loo"):
+        protected = torch.tensor([layer in config.protected for layer in range(count)])
+        if not static_mask(args.static, protected, removals, args.seed).any():
+            raise InputError(f"--static {args.static}: no layer would be left")
+    return args, config, removals
+
+
 def load_model(name: str, bf16: bool) -> tuple[Any, Any]:
     """Model and tokenizer of a local directory or hub name. Raises InputError."""
     import torch
@@ -196,6 +248,52 @@ def lora_targets(text: str, model: Any) -> str | list[str]:
     return names
 
 
+def with_lora(base: Any, args: argparse.Namespace, name: str) -> Any:
+    """The model under a new LoRA of ``--lora-r``, ``-alpha`` and ``-targets``; ``name`` is what the LoRA calls it.
+
+    Raises InputError for modules that the model lacks, or that first-convert could not merge.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    from pyfirst.training import report
+
+    how: dict[str, Any] = {"r": args.lora_r, "lora_alpha": args.lora_alpha or 2 * args.lora_r}
+    how["task_type"] = "CAUSAL_LM"
+    lora = LoraConfig(target_modules=lora_targets(args.lora_targets, base), **how)
+    base = get_peft_model(base, lora)
+    if lora.target_parameters:  # PEFT's own addition where experts are one tensor
+        if args.lora_targets != "all-linear":
+            raise InputError(f"--lora-targets {args.lora_targets}: first-convert cannot merge a LoRA on experts")
+        report.say("the experts get no LoRA, which first-convert could not merge")
+        rest = sorted(lora.target_modules or ())
+        base = get_peft_model(base.unload(), LoraConfig(target_modules=rest, **how))
+    # What a user's disk is called is nobody's business.
+    base.peft_config["default"].base_model_name_or_path = name
+    return base
+
+
+def tokenized(args: argparse.Namespace, rows: Sequence[Any], base: Any, tokenizer: Any) -> tuple[list[Any], Any]:
+    """Rows as Examples that the model takes, and how many prompts were cut and examples dropped. Raises InputError."""
+    from pyfirst.training import report
+    from pyfirst.training.data import load_examples
+
+    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    longest = min(args.max_length, positions or args.max_length)
+    examples, counts = load_examples(rows, tokenizer, longest)
+    if counts["shortened"] or counts["dropped"]:
+        limit = f"--max-length {longest}" if longest == args.max_length else f"the model's {longest} positions"
+        report.say(
+            f"{counts['shortened']} prompts shortened and {counts['dropped']} examples dropped "
+            f"of {len(rows)} to fit {limit}"
+        )
+    if len(examples) < 2:
+        raise InputError(f"{args.data[0]}: {len(examples)} usable examples, training needs at least 2")
+    top, vocabulary = max(max((*e.prompt, *e.response)) for e in examples), base.get_input_embeddings().weight.shape[0]
+    if top >= vocabulary:
+        raise InputError(f"{args.model}: the tokenizer gives token {top}, the model has {vocabulary}")
+    return examples, counts
+
+
 def teacher_of(name: str | None, model: Any) -> dict[str, Any]:
     """LoRA weights of a recipe, or of the model as it is now, by the names of ``model.lora()``. Raises InputError."""
     from safetensors.torch import load_file
@@ -224,11 +322,10 @@ def train(args: argparse.Namespace) -> Path:
     # Imported late: they take seconds, which --help and a wrong option need not wait for.
     import torch
     import transformers
-    from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file
 
     from pyfirst.training import checkpoints, report
-    from pyfirst.training.data import Example, hold_back, load_examples, read_rows
+    from pyfirst.training.data import Example, hold_back, read_rows
     from pyfirst.training.objectives import leave_one_out, start_from
     from pyfirst.training.phases import plan, run_phase
     from pyfirst.training.routers import FirstModel, Routers
@@ -238,7 +335,6 @@ def train(args: argparse.Namespace) -> Path:
         find_order,
         fit_routers,
         nested,
-        removals_of,
         settle,
         static_mask,
         targets_of,
@@ -257,58 +353,11 @@ def train(args: argparse.Namespace) -> Path:
     transformers.set_seed(args.seed)
     text_config = base.config.get_text_config()
     count, width = text_config.num_hidden_layers, text_config.hidden_size
-    if earlier and (earlier.config.block_count, earlier.config.embedding_length) != (count, width):
-        raise InputError(
-            f"{args.recipe}: routers for {earlier.config.block_count} layers of width "
-            f"{earlier.config.embedding_length}, the model has {count} of width {width}"
-        )
-    if earlier:  # what its routers were trained with, whatever the defaults are
-        own = {name: getattr(earlier.config, name) for name in ("prefill", "window", "router_norm")}
-        own["protect"] = ",".join(map(str, earlier.config.protected)) or "none"
-        own["target_skip"] = earlier.config.training.get("options", {}).get("target_skip", args.target_skip)
-        args = argparse.Namespace(**{**vars(args), **own})
-    config = (
-        copy.deepcopy(earlier.config)
-        if earlier
-        else FirstConfig(
-            count,
-            width,
-            router_norm=args.router_norm,
-            prefill=args.prefill,
-            window=args.window,
-            protected=protected_layers(args.protect, count),
-        )
-    )
-    here = Path(args.model)
-    config.base_model = args.base_name or (here.resolve().name if here.is_dir() else args.model)
+    args, config, removals = settle_options(args, earlier, count, width)
     unprotected = count - len(config.protected)
-    removals = removals_of(args.target_skip, count)
-    if unprotected == 0:
-        raise InputError("every layer is protected, so none can be skipped; see --protect")
-    if removals > min(unprotected, count - 1) and not earlier:
-        raise InputError(
-            f"--target-skip {args.target_skip}: {removals} layers of {count}, but only {unprotected} of {count} are "
-            "unprotected and one at least must run"
-        )
     target_keep = max(0.0, 1 - args.target_skip * count / unprotected)
-    if args.static not in (None, "loo"):
-        protected = torch.tensor([layer in config.protected for layer in range(count)])
-        if not static_mask(args.static, protected, removals, args.seed).any():
-            raise InputError(f"--static {args.static}: no layer would be left")
 
-    longest = min(args.max_length, getattr(text_config, "max_position_embeddings", None) or args.max_length)
-    examples, counts = load_examples(rows, tokenizer, longest)
-    if counts["shortened"] or counts["dropped"]:
-        limit = f"--max-length {longest}" if longest == args.max_length else f"the model's {longest} positions"
-        report.say(
-            f"{counts['shortened']} prompts shortened and {counts['dropped']} examples dropped "
-            f"of {len(rows)} to fit {limit}"
-        )
-    if len(examples) < 2:
-        raise InputError(f"{args.data[0]}: {len(examples)} usable examples, training needs at least 2")
-    top, vocabulary = max(max((*e.prompt, *e.response)) for e in examples), base.get_input_embeddings().weight.shape[0]
-    if top >= vocabulary:
-        raise InputError(f"{args.model}: the tokenizer gives token {top}, the model has {vocabulary}")
+    examples, counts = tokenized(args, rows, base, tokenizer)
     training, held = hold_back(examples, args.hold_back, args.seed)
     if not training:
         raise InputError(f"{args.data[0]}: no task has two different prompts; nothing is left to train on")
@@ -316,18 +365,7 @@ def train(args: argparse.Namespace) -> Path:
     steps = args.steps or max(1, round((args.epochs or 1) * len(training) / per_step))
 
     if args.phase != "routers":
-        how: dict[str, Any] = {"r": args.lora_r, "lora_alpha": args.lora_alpha or 2 * args.lora_r}
-        how["task_type"] = "CAUSAL_LM"
-        lora = LoraConfig(target_modules=lora_targets(args.lora_targets, base), **how)
-        base = get_peft_model(base, lora)
-        if lora.target_parameters:  # PEFT's own addition where experts are one tensor
-            if args.lora_targets != "all-linear":
-                raise InputError(f"--lora-targets {args.lora_targets}: first-convert cannot merge a LoRA on experts")
-            report.say("the experts get no LoRA, which first-convert could not merge")
-            rest = sorted(lora.target_modules or ())
-            base = get_peft_model(base.unload(), LoraConfig(target_modules=rest, **how))
-        # What a user's disk is called is nobody's business.
-        base.peft_config["default"].base_model_name_or_path = config.base_model
+        base = with_lora(base, args, config.base_model)
     routers = Routers.from_recipe(earlier) if earlier else Routers(count, width, config.router_norm)
     model = FirstModel(base, routers, config.threshold, config.prefill, config.window, config.protected)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
