@@ -22,11 +22,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from native_model import NativeModel
 
 from pyfirst.cli.bench_files import SHAPES, synthetic
 
-import llama_cpp  # isort: skip  (after native_model, which points it at our library)
+import pyfirst.native  # noqa: F401  isort: skip  before anything imports llama_cpp
+import llama_cpp  # isort: skip
+from native_model import NativeModel  # isort: skip
 
 Masks = np.ndarray  # bool [sequence, layer]
 TITLES = {

@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
+import llama_cpp
+import llama_cpp._logger
 import numpy as np
-
-import pyfirst.native  # noqa: F401  before anything imports llama_cpp
-
-import llama_cpp  # isort: skip
-import llama_cpp._logger  # isort: skip
 
 GGML_TYPE_F32 = 0
 llama_cpp._logger.set_verbose(False)
