@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import subprocess
 
 import gguf
@@ -225,12 +226,16 @@ def test_what_memory_cannot_hold_is_refused_with_the_numbers(tiny_model, monkeyp
         bench(str(tiny_model("llama")[1]), prompt_length=8, n_predict=2, repeats=1)
 
 
-def test_a_measuring_process_that_is_killed_says_so():
-    with (
-        pytest.raises(InputError, match="killed, perhaps for want of memory"),
-        _worker(native.lib_dir(), True) as worker,
-    ):
-        worker._process.kill()
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (signal.SIGKILL, "killed, perhaps for want of memory"),
+        (signal.SIGILL, f"{native.lib_dir()}: this library runs into an instruction that the processor does not know"),
+    ],
+)
+def test_a_measuring_process_that_is_killed_says_so(number, message):
+    with pytest.raises(InputError, match=message), _worker(native.lib_dir(), True) as worker:
+        worker._process.send_signal(number)
         worker.ask("memory")
 
 

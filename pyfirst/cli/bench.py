@@ -129,6 +129,7 @@ class Worker:
     """A process that holds one library (see bench_worker)."""
 
     def __init__(self, lib: str | os.PathLike[str], plain: bool):
+        self._lib = lib
         environment = {
             **os.environ,
             "LLAMA_CPP_LIB_PATH": os.fspath(lib),
@@ -158,6 +159,11 @@ class Worker:
                 raise InputError(
                     "a measuring process was killed, perhaps for want of memory: each of them holds the model; "
                     "take a smaller file or type"
+                )
+            if code == -4:  # SIGILL
+                raise InputError(
+                    f"{self._lib}: this library runs into an instruction that the processor does not know; build it on "
+                    "this machine, without AMX where the compiler is GCC"
                 )
             raise RuntimeError(f"the measuring process ended with {code}")
         answer = json.loads(line)
