@@ -177,12 +177,14 @@ def settle(
         removals: of layers, over all tasks together.
         say: told the cross-entropy of each task under each mask.
     """
-    rows = []
-    for task in tasks:
+
+    def curve(task: str) -> list[float]:  # its own scope: the prompts of one task at a time stay in memory
         run = trial(model, [e for e in examples if e.task == task], batch_size)
-        rows.append([_mean(run, mask.to(model.protected.device)) for mask in ladder])
-        say(f"{task}: " + " ".join(f"{loss:.3f}" for loss in rows[-1]))
-    curves = torch.tensor(rows)
+        losses = [_mean(run, mask.to(model.protected.device)) for mask in ladder]
+        say(f"{task}: " + " ".join(f"{loss:.3f}" for loss in losses))
+        return losses
+
+    curves = torch.tensor([curve(task) for task in tasks])
     least = int((~ladder[0]).sum())
     return ladder[allocate(curves, removals - least * len(tasks))], curves
 
