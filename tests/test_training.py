@@ -58,7 +58,8 @@ def test_cached_generation_is_the_forward_without_the_layers(tmp_path, arch, pre
         model.unwrap()
         truth = tiny.gold(model.inner, keep.int().tolist(), ids[0].tolist(), sequence[0, 9:-1].tolist(), prefill)
         model.wrap()
-        assert abs(logits[0].numpy() - truth[8:]).max() < 1e-4, off
+        # torch's float32 kernels round by the number of rows, up to 1.01e-4 seen; another mask moves logits by 0.2.
+        assert abs(logits[0].numpy() - truth[8:]).max() < 3e-4, off
 
 
 def test_a_skipped_layer_is_not_run(folder):
