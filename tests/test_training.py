@@ -50,6 +50,8 @@ def greedy(model: FirstModel, ids: torch.Tensor, **options):
 def test_cached_generation_is_the_forward_without_the_layers(tmp_path, arch, prefill):
     """The cache's length and the positions hold when layer 0, or nearly all, are skipped."""
     model = routed(tiny.make(arch, tmp_path), prefill=prefill)
+    if arch != "mixtral":  # torch's product of grouped experts has no float64
+        model.inner.double()  # float32 kernels round by the number of rows: gemma3 by up to 1.01e-4
     ids = prompt_of(9)
     for off in MASKS.values():
         keep = torch.tensor([i not in off for i in range(model.block_count)])
@@ -58,8 +60,7 @@ def test_cached_generation_is_the_forward_without_the_layers(tmp_path, arch, pre
         model.unwrap()
         truth = tiny.gold(model.inner, keep.int().tolist(), ids[0].tolist(), sequence[0, 9:-1].tolist(), prefill)
         model.wrap()
-        # torch's float32 kernels round by the number of rows, up to 1.01e-4 seen; another mask moves logits by 0.2.
-        assert abs(logits[0].numpy() - truth[8:]).max() < 3e-4, off
+        assert abs(logits[0].numpy() - truth[8:]).max() < 1e-4, off
 
 
 def test_a_skipped_layer_is_not_run(folder):

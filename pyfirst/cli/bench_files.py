@@ -140,8 +140,11 @@ def _keys(shape: Shape, name: str) -> list[Any]:
     ]
 
 
-def _write_header(file: BinaryIO, pairs: Sequence[bytes], infos: Sequence[tuple[str, Sequence[int], int, int]]) -> None:
-    """Magic, keys and (name, dimensions, type number, bytes) of the tensors, each aligned, up to the first tensor."""
+def _write_header(file: BinaryIO, pairs: Sequence[bytes], infos: Sequence[tuple[str, Sequence[int], int, int]]) -> int:
+    """Magic, keys and (name, dimensions, type number, bytes) of the tensors, each aligned, up to the first tensor.
+
+    Returns the bytes that the tensors take behind it.
+    """
     file.write(struct.pack("<4sIQQ", b"GGUF", 3, len(infos), len(pairs)))
     file.writelines(pairs)
     offset = 0
@@ -150,6 +153,7 @@ def _write_header(file: BinaryIO, pairs: Sequence[bytes], infos: Sequence[tuple[
         file.write(struct.pack(f"<Q{len(raw)}sI{len(dims)}QIQ", len(raw), raw, len(dims), *dims, number, offset))
         offset += -(-size // _ALIGNMENT) * _ALIGNMENT
     file.write(bytes(-file.tell() % _ALIGNMENT))
+    return offset
 
 
 def write_synthetic(
@@ -200,9 +204,9 @@ def write_synthetic(
     if weights and free < total + (1 << 24):
         raise InputError(f"{out}: needs {total / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there")
     with Path(out).open("wb") as file:
-        _write_header(file, [pack_entry(entry) for entry in _keys(shape, name)], infos)
+        behind = _write_header(file, [pack_entry(entry) for entry in _keys(shape, name)], infos)
         if not weights:
-            file.truncate(file.tell() + sum(-(-size // _ALIGNMENT) * _ALIGNMENT for *_, size in infos))
+            file.truncate(file.tell() + behind)
             return
         for _, dims, kind in tensors:
             if len(dims) == 1:

@@ -29,18 +29,23 @@ from pyfirst.training.routers import FirstModel
 BAD_STEPS = 5
 # Steps after which memory that lies about in pieces goes back to the system.
 TRIM = 5
-# Bytes from which on memory goes back as soon as it is freed: batches of ever other lengths leave glibc's heap in
-# pieces. A quarter of this halves the memory and takes half as long again.
+# Bytes from which on memory goes back as soon as it is freed. A quarter of this halves the memory and takes half as
+# long again.
 OWN_MAP = 1 << 20
-M_MMAP_THRESHOLD = -3  # as malloc.h has it
 # Masks remembered to tell whether routing has collapsed.
 MEMORY = 500
 
 
-def tell_glibc(function: str, *arguments: int) -> None:
+def _glibc(function: str, *arguments: int) -> None:
     """Call a function of the C library that only glibc has."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None)[function](*arguments)
+
+
+def keep_heap_small() -> None:
+    """Let large blocks have maps of their own: batches of ever other lengths leave glibc's heap in pieces."""
+    m_mmap_threshold = -3  # as malloc.h has it
+    _glibc("mallopt", m_mmap_threshold, OWN_MAP)
 
 
 @dataclass
@@ -195,7 +200,7 @@ class Watch(TrainerCallback):
         trainer = self.trainer
         first, phase = trainer.first, trainer.phase
         if state.global_step % TRIM == 0:
-            tell_glibc("malloc_trim", 0)
+            _glibc("malloc_trim", 0)
         steered = float(first.threshold)
         if phase.steer and not bool(first.protected.all()):
             steered = steer(steered, torch.cat(trainer.scores), trainer.target)

@@ -327,7 +327,7 @@ def train(args: argparse.Namespace) -> Path:
     from pyfirst.training import checkpoints, report
     from pyfirst.training.data import Example, hold_back, read_rows
     from pyfirst.training.objectives import leave_one_out, start_from
-    from pyfirst.training.phases import M_MMAP_THRESHOLD, OWN_MAP, plan, run_phase, tell_glibc
+    from pyfirst.training.phases import keep_heap_small, plan, run_phase
     from pyfirst.training.routers import FirstModel, Routers
     from pyfirst.training.search import (
         NOT_FINITE,
@@ -345,7 +345,7 @@ def train(args: argparse.Namespace) -> Path:
         transformers.logging.disable_progress_bar()
         logging.getLogger("accelerate").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module="transformers|peft")
-    tell_glibc("mallopt", M_MMAP_THRESHOLD, OWN_MAP)
+    keep_heap_small()
     started = time.monotonic()
     rows = [row for file in args.data for row in read_rows(file)]
     earlier = load_recipe(args.recipe) if args.recipe else None
