@@ -220,7 +220,7 @@ def describe_header(header: Header, path: str | os.PathLike[str]) -> dict[str, A
         "base_models": _base_models(header),
         "lora": _lora(header) if merged else None,
         "provenance": _provenance(header),
-        "routers": header.get(key.VERSION) is not None,
+        "routers": any(header.kind(name) for name in key.ROUTING),
         "first": None,
     }
     if result["routers"]:
@@ -354,8 +354,10 @@ def rows(found: dict[str, Any]) -> list[tuple[str, Any]]:
     ]
     result += [("base model", " ".join(base.values())) for base in found["base_models"]]
     first, lora = found["first"], found["lora"]
-    result.append(("routers", "yes" if first else "no; the file runs dense"))
-    if first:
+    if not first:
+        result.append(("routers", "no; the file runs dense"))
+    else:
+        result.append(("routers", f"broken, {key.VERSION} is missing" if first["version"] is None else "yes"))
         points = first["calibration"]
         table = [
             f"{kept:.0%} kept at {threshold:.3g}"

@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 from first_convert import convert
+from first_convert.ggufio import Gguf, rewrite
 from pyfirst import native
 from pyfirst.__main__ import main
 
@@ -68,6 +69,11 @@ def test_info_of_routers_and_their_origin(tiny_model, tmp_path, capsys):
     text = capsys.readouterr().out
     for expected in ("rms", "0.25", "77 tokens", "0, 3", "75% kept at 0.25, 50% kept at 0.5", "rank 4, alpha 8"):
         assert expected in text
+
+    rewrite(Gguf(out), tmp_path / "broken.gguf", [], lambda name: name != "first.version")
+    assert main(["info", str(tmp_path / "broken.gguf")]) == 0
+    text = capsys.readouterr().out
+    assert "broken, first.version is missing" in text and "dense" not in text
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "text", "empty", "cut"])
