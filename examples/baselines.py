@@ -4,7 +4,8 @@
 
 trains, converts to q8_0 and scores each system in the runtime, one after another, and writes one JSON file a
 system to docs/results/baselines and the table docs/baselines.md (--results docs/results/NAME: docs/NAME.md). Systems
-whose JSON is there are not run again.
+whose JSON is there are not run again, recipes in --work not trained again; another --seed or --steps needs another
+--work and --results.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,13 @@ def score(gguf: Path, tests: list[str], limit: int, answers: int, threads: int |
     return tasks
 
 
+def same(path: Path, found: dict[str, Any], args: argparse.Namespace, keys: Sequence[str]) -> None:
+    """End the program where what is there was made with other options."""
+    for key in keys:
+        if found[key] != getattr(args, key):
+            sys.exit(f"{path}: made with --{key} {found[key]}, not {getattr(args, key)}; change --work and --results")
+
+
 def run(name: str, options: list[str], args: argparse.Namespace) -> dict[str, Any]:
     """Train (unless the recipe is there), convert and score one system."""
     recipe, gguf = args.work / name, args.work / f"{name}.gguf"
@@ -90,8 +99,9 @@ def run(name: str, options: list[str], args: argparse.Namespace) -> dict[str, An
         train(train_parser().parse_args(command))
         if name != "dense-lora":
             shutil.rmtree(work, ignore_errors=True)
-    convert(args.model, first=recipe, outfile=gguf, outtype="q8_0", force=True)
     config = json.loads((recipe / "first_config.json").read_text(encoding="utf-8"))
+    same(recipe, config["training"]["options"], args, ("seed", "steps"))
+    convert(args.model, first=recipe, outfile=gguf, outtype="q8_0", force=True)
     generate = args.generate == "all" or name.split("-")[0] in ("dense", "first", "loo")
     result = {
         "name": name,
@@ -203,6 +213,7 @@ def main() -> None:
     for name in args.only or known:
         path = args.results / f"{name}.json"
         if path.is_file():
+            same(path, json.loads(path.read_text(encoding="utf-8")), args, ("seed", "steps", "limit", "answers"))
             continue
         started = time.monotonic()
         print(f"== {name}", file=sys.stderr, flush=True)

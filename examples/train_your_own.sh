@@ -3,7 +3,7 @@
 #
 #   sh examples/train_your_own.sh MODEL_DIR my-task.jsonl OUT_DIR [options of first-train]
 #
-# my-task.jsonl holds one {"prompt": ..., "response": ...} a line, and a "task" where there are several kinds.
+# after pip install '.[convert,train,eval]' in a clone of pyfirst. my-task.jsonl holds one {"prompt": ..., "response": ...} a line, and a "task" where there are several kinds.
 set -eu
 model=$1 data=$2 out=$3
 shift 3

@@ -1,4 +1,4 @@
-"""Pictures of what was measured, with matplotlib (``pip install 'pyfirst[plot]'``)."""
+"""Pictures of what was measured, with matplotlib (the extra ``plot``)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check(path: str | os.PathLike[str]) -> None:
     if not Path(path).parent.is_dir():
         raise InputError(f"--plot {path}: no folder {Path(path).parent}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("--plot needs the package 'matplotlib': pip install 'pyfirst[plot]'")
+        raise InputError("--plot needs the package 'matplotlib': pip install '.[plot]' in a clone of pyfirst")
 
 
 def _figure(width: float, height: float) -> Any:

@@ -19,7 +19,7 @@ from pyfirst.errors import InputError
 METRICS = ("ce", "bleu", "chrf", "rouge1", "rougeL", "bertscore")
 DEFAULT_METRICS = METRICS[:-1]
 RESAMPLES = 1000
-_INSTALL = "pip install 'pyfirst[eval]'"
+_INSTALL = "pip install '.[eval]' in a clone of pyfirst"
 
 
 def _ratio(sums: np.ndarray) -> np.ndarray:

@@ -441,8 +441,8 @@ def test_wrong_input_is_one_line_and_exit_code_2(options, message, plain, data, 
 @pytest.mark.parametrize(
     ("metric", "package", "install"),
     [
-        ("bleu", "sacrebleu.metrics", "pyfirst[eval]"),
-        ("rougeL", "rouge_score.rouge_scorer", "pyfirst[eval]"),
+        ("bleu", "sacrebleu.metrics", "[eval]"),
+        ("rougeL", "rouge_score.rouge_scorer", "[eval]"),
         ("bertscore", "bert_score", "bert-score"),
     ],
 )

@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=2, help="examples a forward pass: memory grows with it (default: 2)")
     add("--grad-accum", type=int, default=8, help="forward passes an optimizer step (default: 8)")
     add("--lr", type=float, default=1e-3, help="learning rate of the LoRA (default: 1e-3)")
-    add("--router-lr", type=float, default=5e-3, help="learning rate of the routers (default: 5e-3)")
+    add("--router-lr", type=float, default=5e-3, help="of routers trained by gates or paper (default: 5e-3)")
     add("--lora-r", type=int, default=8, help="rank (default: 8)")
     add("--lora-alpha", type=float, help="scale (default: twice the rank)")
     add("--lora-targets", default="all-linear", help="module names, comma-separated (default: all-linear)")
