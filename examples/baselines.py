@@ -213,7 +213,7 @@ def main() -> None:
     for name in args.only or known:
         path = args.results / f"{name}.json"
         if path.is_file():
-            same(path, json.loads(path.read_text(encoding="utf-8")), args, ("seed", "steps", "limit", "answers"))
+            same(path, json.loads(path.read_text(encoding="utf-8")), args, ("seed", "steps", "limit"))
             continue
         started = time.monotonic()
         print(f"== {name}", file=sys.stderr, flush=True)

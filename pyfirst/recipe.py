@@ -86,7 +86,7 @@ class FirstConfig:
         )
         check(self.router_norm in NORMS, "router_norm", f"one of {', '.join(NORMS)}")
         check(self.prefill in PREFILL_MODES, "prefill", f"one of {', '.join(PREFILL_MODES)}")
-        check(integer(self.window) and self.window > 0, "window", "a positive number of tokens")
+        check(integer(self.window) and 0 < self.window < 2**32, "window", "a positive number of tokens")
         check(
             isinstance(self.threshold, (int, float)) and math.isfinite(self.threshold) and 0 <= self.threshold <= 1,
             "threshold",
@@ -97,7 +97,12 @@ class FirstConfig:
             "protected",
             f"a list of layer indices from 0 to {self.block_count - 1}",
         )
-        check(isinstance(self.training, dict), "training", "an object")
+        check(isinstance(self.base_model, str), "base_model", "a name")
+        check(
+            isinstance(self.training, dict) and isinstance(self.training.get("options", {}), dict),
+            "training",
+            "an object, and so its 'options'",
+        )
         calibration = self.calibration
         check(
             isinstance(calibration, dict)
@@ -105,11 +110,10 @@ class FirstConfig:
             and isinstance(calibration.get("kept"), list)
             and len(calibration["threshold"]) == len(calibration["kept"])
             and all(
-                isinstance(x, (int, float)) and math.isfinite(x)
-                for x in (*calibration["threshold"], *calibration["kept"])
+                isinstance(x, (int, float)) and 0 <= x <= 1 for x in (*calibration["threshold"], *calibration["kept"])
             ),
             "calibration",
-            "two lists 'threshold' and 'kept' of equal length",
+            "two lists 'threshold' and 'kept' of equal length, of numbers from 0 to 1",
         )
 
     @classmethod

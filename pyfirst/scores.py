@@ -114,9 +114,21 @@ def chrf(texts: list[str], references: list[list[str]]) -> Statistic:
     return _sacrebleu(need("sacrebleu.metrics", "chrf").CHRF(), texts, references)
 
 
+class _Words:
+    """Words of any script for rouge-score, whose own are ASCII letters and digits; Chinese, Japanese by character."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+", text.lower())
+
+
 def rouge(texts: list[str], references: list[list[str]], kind: str) -> Statistic:
-    """Mean ROUGE F of rouge-score without stemming, the best over the references, 0 to 100."""
-    scorer = need("rouge_score.rouge_scorer", kind).RougeScorer([kind])
+    """Mean ROUGE F of rouge-score without stemming, the best over the references, 0 to 100.
+
+    Where most letters of the references are not ASCII, words are those of Unicode.
+    """
+    letters = [c for targets in references for target in targets for c in target if c.isalpha()]
+    foreign = 2 * sum(map(str.isascii, letters)) < len(letters)
+    scorer = need("rouge_score.rouge_scorer", kind).RougeScorer([kind], tokenizer=_Words() if foreign else None)
     pairs = zip(references, texts, strict=True)
     return mean([100 * scorer.score_multi(targets, text)[kind].fmeasure for targets, text in pairs])
 

@@ -423,6 +423,23 @@ def test_broken_routers(tiny_model, tmp_path, capsys):
     assert path.name in refused(capsys, tmp_path / "out.gguf", model, "--first", recipe)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("base_model", 5),
+        ("window", 2**40),
+        ("calibration", {"threshold": [0.5], "kept": [1e300]}),
+        ("calibration", {"threshold": [10**400], "kept": [0.5]}),
+        ("training", {"options": 5}),
+    ],
+)
+def test_a_damaged_recipe_is_one_line(name, value, tiny_model, tmp_path, capsys):
+    model, _ = tiny_model("llama")
+    recipe = tiny.recipe(tmp_path / "recipe", model)
+    edit_json(recipe / "first_config.json", **{name: value})
+    assert f"'{name}' is" in refused(capsys, tmp_path / "out.gguf", model, "--first", recipe)
+
+
 def test_wrong_arguments(tiny_model, tmp_path, capsys):
     model, base = tiny_model("llama")
     recipe = tiny.recipe(tmp_path / "recipe", model)
@@ -501,6 +518,13 @@ def test_tokenizer_json_alone_is_enough(tiny_model, tmp_path):
     convert.convert(model, outfile=tmp_path / "out.gguf", outtype="f32")
     texts = [tiny.TEXT[i : i + 40] for i in range(0, 200, 8)]
     assert check.loads(tmp_path / "out.gguf", [(text, tiny.tokenizer().encode(text)) for text in texts]) == []
+
+
+def test_a_missing_sentencepiece_model_is_no_full_disk(tiny_model, tmp_path, capsys):
+    model = copy_of(tiny_model("gemma2")[0], tmp_path / "hf")
+    (model / "tokenizer.model").unlink()
+    text = refused(capsys, tmp_path / "out.gguf", model)
+    assert "tokenizer.model" in text and "disk" not in text
 
 
 # Shards.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -349,6 +350,28 @@ def test_wrong_input_leaves_the_files_of_an_earlier_run(plain, data, tmp_path, c
     assert predictions.read_text(encoding="utf-8") == "precious" and not out.exists()
     assert said(capfd, *argv, "--data", data)[0] == 0
     assert len(predictions.read_text(encoding="utf-8").splitlines()) == len(ROWS) and out.exists()
+
+
+def test_what_is_read_is_never_written_over(plain, data, tmp_path, capfd):
+    model, tasks = shutil.copy(plain, tmp_path / "model.gguf"), shutil.copy(data, tmp_path / "tasks.jsonl")
+    before = Path(model).read_bytes(), Path(tasks).read_bytes()
+    for option, path in (("--out", model), ("--predictions", tasks), ("--predictions", tmp_path / "." / "model.gguf")):
+        for names in (("-m", model), ("-m", plain, "--compare", "dense", f"{model}=dense")):
+            code, out, err = said(capfd, *names, "--data", tasks, "--metrics", "ce", option, path)
+            assert code == 2 and out == "" and len(err.splitlines()) == 1 and "is read" in err
+    both = ("--out", tmp_path / "x", "--predictions", tmp_path / "x")
+    assert said(capfd, "-m", model, "--data", tasks, "--metrics", "ce", *both)[0] == 2
+    assert (Path(model).read_bytes(), Path(tasks).read_bytes()) == before and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["Сумма равна тридцати одному.", "合計は三十一です。", "합계는 서른하나입니다.", "The sum."]
+)
+def test_rouge_has_words_in_every_script(text):
+    other = text[: len(text) // 2]
+    for kind in ("rouge1", "rougeL"):
+        assert scores.rouge([text], [[text]], kind).rows[0, 0] == pytest.approx(100)
+        assert 0 < scores.rouge([other], [[text]], kind).rows[0, 0] < 100
 
 
 def test_without_a_mode_files_are_routed_if_they_can(files, plain):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -337,11 +338,21 @@ def test_epochs_are_a_positive_number(folder, data, tmp_path, capsys, epochs):
     assert "--epochs" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("odd", ["fox\n", " fox", "\n\n fox \t"])
+def test_white_space_around_an_answer_is_not_trained(odd):
+    """first-eval strips it, so the model would be measured on other tokens than it learned."""
+    tokenizer = tiny.tokenizer()
+    assert encode(tokenizer, "the quick", odd) == encode(tokenizer, "the quick", "fox")
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_distillation_follows_a_teacher_that_stays_what_it_was(named, folder, data, trained, tmp_path, monkeypatch):
     """Its logits are those of its own adapter with all layers, through PEFT, whatever has been trained meanwhile."""
     from peft import PeftModel
 
+    folder = shutil.copytree(folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.3}))  # the teacher has none
     teacher = tmp_path / "teacher"
     same = () if named else ("--keep-checkpoints",)
     assert main(arguments(folder, data, teacher, "--target-skip", "0", *same)) == 0

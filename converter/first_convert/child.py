@@ -193,6 +193,10 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         if "map tensor" not in str(error):
             raise
         raise InputError(f"{job['model']}: llama.cpp's converter has no place for it: {error}") from None
+    except FileNotFoundError as error:
+        if error.errno is None:  # the converter's own words for a file of the tokenizer
+            raise InputError(f"{job['model']}: {error}; copy it from the base model") from None
+        raise
     except OSError as error:
         if error.errno is None:  # numpy's word for a write that came to an end early
             raise OSError(f"cannot write {job['outfile']} ({error}); is the disk full?") from None

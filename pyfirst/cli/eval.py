@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pyfirst.cli import common
+from pyfirst.errors import InputError
 from pyfirst.scores import DEFAULT_METRICS, METRICS, need
 
 # name: (column, digits)
@@ -256,8 +257,13 @@ def command(args: argparse.Namespace) -> None:
                 predictions.write(json.dumps(row, ensure_ascii=False) + "\n")
                 predictions.flush()
 
+        read = [*args.model, *args.data, *(mode.rpartition("=")[0] for mode in args.compare if "=" in mode)]
         for path in filter(None, (args.out, args.predictions)):
+            if Path(path).resolve() in {Path(name).resolve() for name in read}:
+                raise InputError(f"{path}: is read, so it cannot be written to as well; name another file")
             _check_writable(path)
+        if args.out and args.predictions and Path(args.out).resolve() == Path(args.predictions).resolve():
+            raise InputError(f"{args.out}: --out and --predictions need files of their own")
         result = evaluate(
             args.model,
             args.data,

@@ -77,7 +77,8 @@ def encode(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], list[
         if ids and ids[-1] == tokenizer.eos_token_id:
             ids = ids[:-1]
         return ids, [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    user = {"role": "user", "content": prompt}
+    # White space around an answer is not the model's to learn; what scores answers strips it too.
+    user, response = {"role": "user", "content": prompt}, response.strip()
     try:
         head = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
         answer = {"role": "assistant", "content": response}
@@ -85,8 +86,8 @@ def encode(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], list[
     except Exception as error:  # templates raise whatever they like
         raise InputError(f"the model's chat template refuses a user turn and an answer: {error}") from error
     tail = whole[len(head) :].rstrip() if whole.startswith(head) else ""
-    if not tail.startswith(response.strip()) or tail == response.strip():
-        tail = response.strip() + tokenizer.eos_token
+    if not tail.startswith(response) or tail == response:
+        tail = response + tokenizer.eos_token
     return tuple(tokenizer(part, add_special_tokens=False)["input_ids"] for part in (head, tail))  # type: ignore[return-value]
 
 

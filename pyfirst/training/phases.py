@@ -144,8 +144,10 @@ class PhaseTrainer(Trainer):
         first = self.first
         wiser = None
         if self.teacher is not None and not self.phase.dense and not self.phase.soft:
+            first.eval()  # a teacher without dropout
             with first.with_lora(self.teacher):
                 wiser = first(**inputs, dense=True)["token_logits"]
+            first.train()
         output = model(**inputs, dense=self.phase.dense)
         loss = output["loss"]
         free = ~first.protected
