@@ -102,6 +102,16 @@ def test_merged_file_equals_unmerged_peft(name, tiny_model, tmp_path):
     assert np.abs(got - gguf_logits(base, ids)).max() > 0.01  # the adapter does something
 
 
+def test_the_language_model_of_a_multimodal_parent(tmp_path):
+    """Its tensors have one name in memory, another in the file, and a third in upstream's converter."""
+    model = tiny.multimodal(tmp_path / "hf")
+    adapter = tiny.adapter(model, tmp_path / "adapter", exclude_modules=r".*(vision|multi_modal).*")
+    answer = convert(model, tmp_path / "out.gguf", lora=adapter)["lora"]
+    assert answer["pairs_used"] == answer["pairs"] == 7 * 7
+    ids = tiny.prompt()
+    assert np.abs(gguf_logits(tmp_path / "out.gguf", ids) - peft_logits(model, adapter, ids)).max() < 1e-4
+
+
 def test_architecture_without_an_output_tensor_refuses_an_untied_head(tiny_model, tmp_path):
     model, _ = tiny_model("gemma2")
     adapter = tiny.adapter(model, tmp_path / "adapter", target_modules=["lm_head"])

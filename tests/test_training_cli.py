@@ -345,6 +345,26 @@ def test_white_space_around_an_answer_is_not_trained(odd):
     assert encode(tokenizer, "the quick", odd) == encode(tokenizer, "the quick", "fox")
 
 
+@pytest.mark.parametrize("targets", [(), ("--lora-targets", "q_proj,o_proj")])
+def test_only_the_language_model_of_a_multimodal_parent_learns(targets, data, tmp_path):
+    folder, out = tiny.multimodal(tmp_path / "hf"), tmp_path / "out"
+    assert main(arguments(folder, data, out, *targets)) == 0
+    names = load_file(out / "adapter_model.safetensors")
+    assert names and all("language_model.layers" in name for name in names)
+    convert(folder, first=out, outfile=tmp_path / "out.gguf", outtype="f32")
+
+
+def test_layers_with_a_state_are_refused_before_training(folder, data, tmp_path, capsys):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kinds = ["conv", "full_attention", "conv", "full_attention"]
+    config = AutoConfig.for_model("lfm2", **tiny._COMMON, layer_types=kinds)
+    odd = shutil.copytree(folder, tmp_path / "model")
+    AutoModelForCausalLM.from_config(config).save_pretrained(odd)
+    assert main(arguments(odd, data, tmp_path / "out")) == 2
+    assert "has conv layers" in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_distillation_follows_a_teacher_that_stays_what_it_was(named, folder, data, trained, tmp_path, monkeypatch):
     """Its logits are those of its own adapter with all layers, through PEFT, whatever has been trained meanwhile."""

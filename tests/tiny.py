@@ -195,6 +195,22 @@ class _Gelu(nn.Module):
         return torch.where(x <= -10, torch.zeros_like(x), torch.where(x >= 10, x, table))
 
 
+def multimodal(directory: str | Path) -> Path:
+    """A random gemma3 with an image encoder beside its language model, as the larger Gemma 3 come."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    own = {"vision_config": {**vision, "image_size": 28, "patch_size": 14}, "mm_tokens_per_image": 4}
+    tokens = {"image_token_index": 5, "boi_token_index": 6, "eoi_token_index": 7}
+    config = Gemma3Config(text_config={**_COMMON, **ARCHITECTURES["gemma3"][1]}, **own, **tokens)
+    directory = make("gemma3", directory)  # its tokenizer
+    model = Gemma3ForConditionalGeneration(config).eval()
+    model.model.language_model.load_state_dict(load(directory).model.state_dict())
+    model.tie_weights()
+    model.save_pretrained(directory)
+    return directory
+
+
 def load(model: str | Path | nn.Module) -> nn.Module:
     """The model of a directory in float32 with eager attention; a module passes through.
 

@@ -120,7 +120,9 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
             tensors = index(self, *args, **kwargs)
             for name in job["drop"]:
                 tensors.pop(name, None)
-            for name, (shape, compute) in (plan.modules if plan else {}).items():
+            for stored, (shape, compute) in (plan.modules if plan else {}).items():
+                text_only = stored.replace("language_model.", "")  # upstream's name, of a multimodal parent
+                name = text_only if text_only in tensors else stored
                 if name not in tensors and name in checkpoint.tensors:
                     continue  # upstream renames or leaves out this tensor; counted below
                 meta = lazy.meta_with_dtype_and_shape(torch.float32, shape)
@@ -129,7 +131,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
                     return lazy(meta=meta, args=(), func=lambda: compute(read).contiguous())
 
                 tensors[name] = merged
-                reached.add(name)
+                reached.add(stored)
             return tensors
 
         def load_hparams(*args: Any, **kwargs: Any) -> Any:

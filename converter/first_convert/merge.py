@@ -220,7 +220,8 @@ def _stored_name(name: str, checkpoint: Checkpoint, model: nn.Module) -> str | N
     for candidate in (name, name.removeprefix(prefix), prefix + name):
         if candidate in checkpoint.tensors:
             return candidate
-    return None
+    wanted = _canonical(name)  # multimodal parents name their parts in another order in memory
+    return next((stored for stored in checkpoint.tensors if _canonical(stored) == wanted), None)
 
 
 def _copy(tensor: torch.Tensor, read: Read) -> torch.Tensor:

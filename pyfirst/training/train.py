@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -33,6 +34,8 @@ from pyfirst.recipe import (
 
 # Examples a task on which the number of layers is chosen and the routers are fitted.
 FIT_EXAMPLES = 64
+# Layers that carry a state from token to token, as a model's config names them.
+RECURRENT = {"conv", "linear_attention", "mamba", "recurrent"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -234,6 +237,10 @@ def load_model(name: str, bf16: bool) -> tuple[Any, Any]:
     if found["mismatched_keys"]:
         key, there, wanted = min(found["mismatched_keys"])
         raise InputError(f"{name}: {key} has the shape {list(there)}, config.json wants {list(wanted)}")
+    text = model.config.get_text_config()
+    kinds = {kind for key in ("layer_types", "layers_block_type") for kind in getattr(text, key, None) or ()}
+    if recurrent := kinds & RECURRENT:
+        raise InputError(f"{name}: has {min(recurrent)} layers, whose state needs every token; none can be skipped")
     return model.eval(), tokenizer
 
 
@@ -256,9 +263,14 @@ def with_lora(base: Any, args: argparse.Namespace, name: str) -> Any:
     from peft import LoraConfig, get_peft_model
 
     from pyfirst.training import report
+    from pyfirst.training.routers import find_layers
 
     how: dict[str, Any] = {"r": args.lora_r, "lora_alpha": args.lora_alpha or 2 * args.lora_r}
     how["task_type"] = "CAUSAL_LM"
+    if base.config.get_text_config() is not base.config:  # of a multimodal parent, what llama.cpp runs
+        layers = find_layers(base)
+        text = next(name for name, module in base.named_modules() if module is layers).rpartition(".")[0]
+        how["exclude_modules"] = rf"(?!{re.escape(text)}\.|lm_head$).*"
     lora = LoraConfig(target_modules=lora_targets(args.lora_targets, base), **how)
     base = get_peft_model(base, lora)
     if lora.target_parameters:  # PEFT's own addition where experts are one tensor
