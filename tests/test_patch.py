@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -622,6 +623,112 @@ def test_a_state_cut_anywhere_leaves_nothing_behind(way, routed, tmp_path):
         assert restored(other, way, tmp_path, raw)
         assert (other.mask() == model.mask()).all()
         assert_same(other.feed(NEXT[1:2], 21), model.feed(NEXT[1:2], 21))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("moved", ["end removed", "shifted"])
+@pytest.mark.parametrize("routers", [False, True])
+def test_a_sequence_that_lost_tokens_is_saved_and_restored(routers, moved, way, tiny_model, routed, tmp_path):
+    import llama_cpp
+
+    path = routed("llama", prefill="full")[2] if routers else tiny_model("llama")[1]
+    with opened(path) as model, opened(path) as other:
+        if routers:
+            native.set_routing(model.ctx, True)
+        model.feed(PROMPT)
+        if not routers:
+            model.set_mask([1, 0, 1, 1])
+        model.feed(NEXT[:4], 20)
+        if moved == "end removed":
+            llama_cpp.llama_memory_seq_rm(model.memory, 0, 12, -1)
+        else:
+            llama_cpp.llama_memory_seq_rm(model.memory, 0, 2, 12)
+            llama_cpp.llama_memory_seq_add(model.memory, 0, 12, -1, -10)
+        end = llama_cpp.llama_memory_seq_pos_max(model.memory, 0) + 2
+        model.feed(NEXT[4:5], end - 1)  # upstream moves the keys only now
+        assert restored(other, way, tmp_path, saved(model, way, tmp_path))
+        assert (other.mask() == model.mask()).all()
+        if routers:
+            np.testing.assert_array_equal(other.scores(), model.scores())
+        assert_same(other.feed(NEXT[5:], end), model.feed(NEXT[5:], end))
+
+
+def test_a_failed_batch_keeps_the_scores_of_tokens_that_stay(routed):
+    """A batch of several micro-batches loses the one that fails; what ran before it is still part of the prompt."""
+    import ctypes
+
+    import llama_cpp
+
+    folder, recipe, path = routed("llama", prefill="full")
+    net, count, total, limit = tiny.load(folder), 0, 0, 0
+    first, second = tiny.prompt(12, 3), tiny.prompt(40, 2)
+
+    def abort(_):
+        nonlocal count
+        count += 1
+        return 0 < limit < count
+
+    callback = llama_cpp.ggml_abort_callback(abort)
+    with opened(path, n_seq=2, n_ubatch=16, n_threads=1) as model:
+        native.set_routing(model.ctx, True)
+        llama_cpp.llama_set_abort_callback(model.ctx, callback, ctypes.c_void_p())
+        tokens = [(token, 8 + i, 0) for i, token in enumerate(first[8:])]
+        tokens += [(token, i, 1) for i, token in enumerate(second)]
+        ends = set()
+        for share in (0, 0.2, 0.4, 0.6, 0.8):
+            model.clear()
+            for seq in (0, 1):
+                native.begin(model.ctx, seq)
+            limit = 0
+            model.feed(first[:8])
+            count, limit = 0, int(share * total)
+            with pytest.raises(RuntimeError) if share else contextlib.nullcontext():
+                model.decode(tokens)
+            total, limit = max(total, count), 0
+            for seq, ids in enumerate((first, second)):
+                end = llama_cpp.llama_memory_seq_pos_max(model.memory, seq) + 1
+                ends.add((seq, end))
+                if end == 0:
+                    native.begin(model.ctx, seq)
+                if end < len(ids):
+                    model.feed(ids[end:], end, seq)
+                native.commit(model.ctx, seq)
+                mask, scores = tiny.decide(net, recipe, ids)
+                np.testing.assert_allclose(model.scores(seq), scores, atol=1e-4)
+                assert (model.mask(seq) == mask).all()
+        assert len(ends) > 3
+
+
+def test_tokens_that_were_replaced_while_the_prompt_was_read_do_not_count(routed):
+    import llama_cpp
+
+    folder, recipe, path = routed("llama", prefill="full")
+    with opened(path) as model:
+        native.set_routing(model.ctx, True)
+        native.begin(model.ctx)
+        model.feed(PROMPT[:8] + tiny.prompt(20, 9))
+        llama_cpp.llama_memory_seq_rm(model.memory, 0, 8, -1)
+        model.feed(PROMPT[8:], 8)
+        native.commit(model.ctx)
+        np.testing.assert_allclose(model.scores(), tiny.decide(tiny.load(folder), recipe, PROMPT)[1], atol=1e-4)
+
+
+def test_a_copy_of_no_tokens_leaves_the_mask(tiny_model):
+    import llama_cpp
+
+    with opened(tiny_model("llama")[1], n_seq=2, kv_unified=True) as model:
+        model.set_mask([1, 0, 1, 1], 1)
+        model.feed(PROMPT, seq=1)
+        model.feed(PROMPT[:4])
+        llama_cpp.llama_memory_seq_cp(model.memory, 0, 1, 100, 200)
+        assert model.mask(1).tolist() == [True, False, True, True]
+
+
+def test_the_vocabulary_alone_loads(routed):
+    import llama_cpp
+
+    path = routed("llama", prefill="full")[2]
+    assert llama_cpp.Llama(str(path), vocab_only=True, verbose=False).tokenize(b"the fox")
 
 
 def test_layers_without_kv_cannot_come_back(tiny_model):
