@@ -114,11 +114,14 @@ def chrf(texts: list[str], references: list[list[str]]) -> Statistic:
     return _sacrebleu(need("sacrebleu.metrics", "chrf").CHRF(), texts, references)
 
 
+_CJK = r"\u3040-\u30ff\u3400-\u9fff"
+
+
 class _Words:
     """Words of any script for rouge-score, whose own are ASCII letters and digits; Chinese, Japanese by character."""
 
     def tokenize(self, text: str) -> list[str]:
-        return re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+", text.lower())
+        return re.findall(rf"[{_CJK}]|[^\W_{_CJK}]+", text.lower())
 
 
 def rouge(texts: list[str], references: list[list[str]], kind: str) -> Statistic:

@@ -358,7 +358,8 @@ def test_layers_with_a_state_are_refused_before_training(folder, data, tmp_path,
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kinds = ["conv", "full_attention", "conv", "full_attention"]
-    config = AutoConfig.for_model("lfm2", **tiny._COMMON, layer_types=kinds)
+    sizes = {"vocab_size": tiny.VOCAB, "hidden_size": tiny.WIDTH, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = AutoConfig.for_model("lfm2", **sizes, num_key_value_heads=2, layer_types=kinds)
     odd = shutil.copytree(folder, tmp_path / "model")
     AutoModelForCausalLM.from_config(config).save_pretrained(odd)
     assert main(arguments(odd, data, tmp_path / "out")) == 2

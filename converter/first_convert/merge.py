@@ -214,16 +214,6 @@ def _match(
     return adapter, whole
 
 
-def _stored_name(name: str, checkpoint: Checkpoint, model: nn.Module) -> str | None:
-    """A parameter's name in the checkpoint's files, which may or may not carry the base model's prefix."""
-    prefix = getattr(model, "base_model_prefix", "") + "."
-    for candidate in (name, name.removeprefix(prefix), prefix + name):
-        if candidate in checkpoint.tensors:
-            return candidate
-    wanted = _canonical(name)  # multimodal parents name their parts in another order in memory
-    return next((stored for stored in checkpoint.tensors if _canonical(stored) == wanted), None)
-
-
 def _copy(tensor: torch.Tensor, read: Read) -> torch.Tensor:
     """A tensor that the adapter brings, whatever the base holds."""
     return tensor.detach().float().clone()
@@ -311,11 +301,19 @@ def plan(checkpoint: Checkpoint, directory: str | Path) -> Merge:
     pairs = sum("lora_A" in key or "lora_embedding_A" in key for key in adapter)
     merge = Merge(raw, pairs, vocabulary=vocabulary)
 
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    by_canonical = {_canonical(key): key for key in checkpoint.tensors}
+
+    def in_file(name: str) -> str | None:
+        """A parameter's name in the files: with or without the prefix, or in a multimodal parent's order."""
+        same = (key for key in (name, name.removeprefix(prefix), prefix + name) if key in checkpoint.tensors)
+        return next(same, by_canonical.get(_canonical(name)))
+
     def stored(name: str) -> str:
         """Where the base tensor of a parameter is; a tied head's is the embeddings."""
-        found_name = _stored_name(name, checkpoint, model)
+        found_name = in_file(name)
         if found_name is None and tied and name == head_name:
-            found_name = _stored_name(embedding_name, checkpoint, model)
+            found_name = in_file(embedding_name)
         if found_name is None:
             raise InputError(f"{checkpoint.path}: no tensor '{name}', which the adapter changes, under that name")
         return found_name
@@ -329,7 +327,7 @@ def plan(checkpoint: Checkpoint, directory: str | Path) -> Merge:
         return lambda read: read(source).float()
 
     def put(name: str, shape: tuple[int, ...], compute: Callable[[Read], torch.Tensor]) -> None:
-        target = _stored_name(name, checkpoint, model)
+        target = in_file(name)
         if target is None and not (tied and name == head_name):
             stored(name)
         merge.modules[target or name] = (tuple(shape), compute)
@@ -376,13 +374,13 @@ def plan(checkpoint: Checkpoint, directory: str | Path) -> Merge:
             shape = tuple(shapes[f"{name}.bias"])
             put(f"{name}.bias", shape, functools.partial(compute, part="bias"))
     touched = {name for name, entry in merge.modules.items() if entry is not untouched.get(name)}
-    if tied and touched & {head_name, _stored_name(embedding_name, checkpoint, model)} and not followers:
+    if tied and touched & {head_name, in_file(embedding_name)} and not followers:
         merge.untied = head_name not in checkpoint.tensors
         if head_name not in merge.modules:
             put(head_name, tuple(shapes[embedding_name]), reader(head_name))
     if vocabulary is not None:
         for name in {embedding_name, embedding_name if tied and not merge.untied else head_name} & set(shapes):
-            if _stored_name(name, checkpoint, model) not in merge.modules and name not in merge.modules:
+            if in_file(name) not in merge.modules and name not in merge.modules:
                 base = checkpoint.tensors[stored(name)].shape[0]
                 raise InputError(
                     f"{path}: brings embeddings for {vocabulary} tokens, the base model has {base}, and the adapter "

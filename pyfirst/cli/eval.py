@@ -228,12 +228,20 @@ def _progress() -> Iterator[Callable[[int, int, str], None]]:
         yield update
 
 
-def _check_writable(path: str) -> None:
-    """Raise OSError for a path that cannot be written, before the work; what lies there stays as it is."""
-    fresh = not Path(path).exists()
-    Path(path).open("a").close()
-    if fresh:
-        Path(path).unlink()
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Raise InputError or OSError for a file that is read too, or cannot be written. What is there stays as it is."""
+    files = [*args.model, *args.data, *(mode.rpartition("=")[0] for mode in args.compare if "=" in mode)]
+    read, written = {Path(name).resolve() for name in files}, set[Path]()
+    for path in map(Path, filter(None, (args.out, args.predictions))):
+        if path.resolve() in read:
+            raise InputError(f"{path}: is read, so it cannot be written to as well; name another file")
+        if path.resolve() in written:
+            raise InputError(f"{path}: --out and --predictions need files of their own")
+        written.add(path.resolve())
+        fresh = not path.exists()
+        path.open("a").close()
+        if fresh:
+            path.unlink()
 
 
 def _open(path: str) -> TextIO:
@@ -244,6 +252,7 @@ def command(args: argparse.Namespace) -> None:
     """Run the parsed command."""
     common.check_model_options(args)
     skip = None if args.skip is None else common.parse_share(args.skip)
+    _check_outputs(args)
     from pyfirst.evaluation import evaluate
 
     with contextlib.ExitStack() as stack:
@@ -257,13 +266,6 @@ def command(args: argparse.Namespace) -> None:
                 predictions.write(json.dumps(row, ensure_ascii=False) + "\n")
                 predictions.flush()
 
-        read = [*args.model, *args.data, *(mode.rpartition("=")[0] for mode in args.compare if "=" in mode)]
-        for path in filter(None, (args.out, args.predictions)):
-            if Path(path).resolve() in {Path(name).resolve() for name in read}:
-                raise InputError(f"{path}: is read, so it cannot be written to as well; name another file")
-            _check_writable(path)
-        if args.out and args.predictions and Path(args.out).resolve() == Path(args.predictions).resolve():
-            raise InputError(f"{args.out}: --out and --predictions need files of their own")
         result = evaluate(
             args.model,
             args.data,
