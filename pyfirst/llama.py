@@ -76,7 +76,7 @@ class _Live:
     mask: tuple[bool, ...] = ()
 
 
-def _fingerprint(model_path: str) -> str:
+def fingerprint(model_path: str) -> str:
     """Tells model files apart, by size, head and tail."""
     with open(model_path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
@@ -386,10 +386,16 @@ class FirstLlama(llama_cpp.Llama):
         with self._lock:
             if self.n_tokens == 0 and self._pending is None:
                 tokens = self._open(list(tokens))
-            super().eval(tokens)
-            if self._pending is not None:
-                opened, self._pending = self._pending, None
-                self._close(opened)
+            try:
+                super().eval(tokens)
+                if self._pending is not None:
+                    self._close(self._pending)
+                    self._pending = None
+            except BaseException:
+                if self._pending is not None:
+                    # Half a prompt is nothing that a later call could go on from.
+                    self.n_tokens, self._pending = 0, None
+                raise
 
     def generate(
         self, tokens: Sequence[int], *args: Any, reset: bool = True, **kwargs: Any
@@ -507,25 +513,28 @@ class FirstLlama(llama_cpp.Llama):
         self._check_open()
         if stream:
             return self._stream(call, mask)
-        with self._lock:
-            before, self._call_mask = self._call_mask, mask
-            try:
-                return self._complete(call())
-            finally:
-                self._call_mask = before
+        with self._lock, self._calling(mask):
+            return self._complete(call())
+
+    @contextlib.contextmanager
+    def _calling(self, mask: np.ndarray | None) -> Iterator[None]:
+        """Hold the lock around it. None leaves what an outer call forces: a chat handler calls us in its middle."""
+        before = self._call_mask
+        self._call_mask = before if mask is None else mask
+        try:
+            yield
+        finally:
+            self._call_mask = before
 
     def _stream(self, call: Any, mask: np.ndarray | None) -> Iterator[Any]:
         chunks: Iterator[Any] | None = None
         while True:
-            with self._lock:
-                before, self._call_mask = self._call_mask, mask
+            with self._lock, self._calling(mask):
+                chunks = iter(call()) if chunks is None else chunks
                 try:
-                    chunks = iter(call()) if chunks is None else chunks
                     chunk = self._complete(next(chunks))
                 except StopIteration:
                     return
-                finally:
-                    self._call_mask = before
             yield chunk
 
     def create_completion(self, prompt: str | list[int], *args: Any, **kwargs: Any) -> Any:
@@ -537,8 +546,6 @@ class FirstLlama(llama_cpp.Llama):
         if len(prompt) == 0:
             raise InputError("the prompt is empty: at least one token must decide")
         mask = self._check_mask(kwargs.pop("mask", None), kwargs.pop("skip_layers", None))
-        if mask is None:
-            mask = self._call_mask  # a chat handler calls us in the middle of create_chat_completion
         return self._answer(
             lambda: super(FirstLlama, self).create_completion(prompt, *args, **kwargs),
             kwargs.get("stream", False),
@@ -581,7 +588,7 @@ class FirstLlama(llama_cpp.Llama):
             self._pending = None
 
     def _file_id(self) -> str:
-        self._file = self._file or _fingerprint(self.model_path)
+        self._file = self._file or fingerprint(self.model_path)
         return self._file
 
     def save_state(self) -> Any:

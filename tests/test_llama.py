@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import itertools
 import os
 import pickle
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -510,6 +514,73 @@ def test_calls_from_several_threads_wait_and_streams_are_taken_over(files):
     with pytest.raises(RuntimeError, match="took this object over"):
         list(half)
     assert llm.create_completion(prompts[0], **GREEDY)["choices"] == truth[0]["choices"]
+
+
+def test_a_mask_is_for_the_call_that_names_it(files):
+    """Also where another thread's call begins meanwhile, and where a chat handler makes the call in the middle."""
+    llm = FirstLlama(files["full"][2], chat_format="chatml", **F32)
+    prompt = tiny.prompt(10, 1)
+    alone = llm.create_completion(prompt, **GREEDY)
+    forced = {"skip_layers": [1, 2], "temperature": 0.0, "max_tokens": 4}
+    for stream in (False, True):
+        inside, others = threading.Event(), []
+
+        def hold(_, scores, inside=inside, others=others):
+            inside.set()
+            time.sleep(0.2 * (not others))  # the other call comes while this one computes
+            others.append(1)
+            return scores
+
+        with ThreadPoolExecutor(1) as pool:
+            call = pool.submit(
+                lambda stream=stream, hold=hold: list(
+                    llm.create_completion(prompt, stream=stream, logits_processor=[hold], **forced)
+                )
+            )
+            assert inside.wait(60)
+            found = llm.create_completion(prompt, **GREEDY)
+            with contextlib.suppress(RuntimeError):  # the stream was taken over
+                call.result(60)
+        assert (found["choices"], found["first"]) == (alone["choices"], alone["first"])
+    messages = [{"role": "user", "content": "the lazy dog"}]
+    assert llm.create_chat_completion(messages, **forced)["first"]["skipped"] == [1, 2]
+    chunks = list(llm.create_chat_completion(messages, stream=True, **forced))
+    assert all(chunk["first"]["skipped"] == [1, 2] for chunk in chunks)
+
+
+@pytest.mark.parametrize("prefill", ["full", "skip"])
+@pytest.mark.parametrize("second", [{}, {"skip_layers": [1, 2]}], ids=["routed", "forced"])
+def test_after_an_interrupted_prompt_everything_is_as_in_a_fresh_object(second, prefill, tiny_model, tmp_path):
+    """Ctrl-C or a failed decode between two batches of a prompt; the rest must not pass for the one before."""
+    from first_convert.convert import convert
+
+    folder, base = tiny_model("llama")
+    recipe = tiny.recipe(tmp_path / "r", folder, seed=3, prefill=prefill, window=40)
+    convert(None, base_gguf=base, first=recipe, outfile=tmp_path / "m.gguf")
+    path, small = tmp_path / "m.gguf", {**F32, "n_batch": 16}
+    changed = False
+    for seed in range(6):
+        shared = tiny.prompt(30, seed)
+        first, other = shared[:20] + tiny.prompt(30, 50 + seed), shared + tiny.prompt(60, 90 + seed)
+        want = FirstLlama(path, **small).create_completion(first, **GREEDY)
+        changed |= want["first"]["skipped"] not in ([], [1, 2])
+        for at in (1, 2, 3):
+            llm = FirstLlama(path, **small)
+            llm.create_completion(first, **GREEDY)
+            decode, calls = llm._ctx.decode, itertools.count(1)
+
+            def interrupted(batch, decode=decode, calls=calls, at=at):
+                if next(calls) == at:
+                    raise KeyboardInterrupt
+                return decode(batch)
+
+            llm._ctx.decode = interrupted
+            with pytest.raises(KeyboardInterrupt):
+                llm.create_completion(other, **second, **GREEDY)
+            llm._ctx.decode = decode
+            found = llm.create_completion(first, **GREEDY)
+            assert (found["choices"], found["first"]) == (want["choices"], want["first"]), (seed, at)
+    assert changed
 
 
 def test_a_seed_means_the_same_everywhere(files):
