@@ -6,7 +6,6 @@ decode steps share a batch; what several prompts begin with is computed once, wh
 
 from __future__ import annotations
 
-import math
 import os
 import random
 import reprlib
@@ -75,15 +74,16 @@ class Update:
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
+_FLOAT_MAX = float(np.finfo(np.float32).max)
 # name -> (lowest, highest, whether the lowest itself is allowed)
 _RANGES = {
-    "temperature": (0, math.inf, True),
+    "temperature": (0, _FLOAT_MAX, True),
     "top_k": (0, 2**31 - 1, True),
     "top_p": (0, 1, False),
     "min_p": (0, 1, True),
-    "repeat_penalty": (0, math.inf, False),
-    "frequency_penalty": (-math.inf, math.inf, True),
-    "presence_penalty": (-math.inf, math.inf, True),
+    "repeat_penalty": (0, _FLOAT_MAX, False),
+    "frequency_penalty": (-_FLOAT_MAX, _FLOAT_MAX, True),
+    "presence_penalty": (-_FLOAT_MAX, _FLOAT_MAX, True),
 }
 
 
@@ -95,11 +95,9 @@ class _Slot:
     request: Request
     sampler: Any
     text: TextStream
-    routing: Routing
     n_past: int = 0
     pending: list[int] = field(default_factory=list)  # tokens to compute next
     n_generated: int = 0
-    decided: bool = False  # the mask came along with a copied prefix
     scored: Logprobs | None = None
 
     @property
@@ -240,6 +238,7 @@ class FirstBatch:
         self._next_handle = 0
         self._routings: dict[int, Routing] = {}
         self._mail: dict[int, deque[Update]] = {}  # of requests that generate() runs
+        self._unclaimed: deque[Update] = deque()  # of the others, for step() to return
 
     def close(self) -> None:
         """Free the context and the model; using the object afterwards raises RuntimeError."""
@@ -317,9 +316,9 @@ class FirstBatch:
             raise InputError(f"max_tokens is {request.max_tokens}, expected at least 1")
         for name, (low, high, closed) in _RANGES.items():
             value = getattr(request, name)
-            if not (low < value <= high or (closed and value == low)) or not math.isfinite(value):
-                limits = f"more than {low}" if not closed else f"{low} or more" if low == 0 else "a finite number"
-                raise InputError(f"{name} is {value}, expected {limits}" + f", at most {high}" * (high < math.inf))
+            if not (low < value <= high or (closed and value == low)):
+                limits = f"more than {low}" if not closed else f"{low:g} or more"
+                raise InputError(f"{name} is {reprlib.repr(value)}, expected {limits}, at most {high:g}")
         if request.logprobs is not None and request.logprobs < 0:
             raise InputError(f"logprobs is {request.logprobs}, expected 0 or more")
         if request.seed is not None and not 0 <= request.seed < 2**32 - 1:
@@ -354,6 +353,7 @@ class FirstBatch:
                     self._release(seq)
             self._routings.pop(handle, None)
             self._mail.pop(handle, None)
+            self._unclaimed = deque(update for update in self._unclaimed if update.request != handle)
 
     @property
     def n_active(self) -> int:
@@ -486,9 +486,7 @@ class FirstBatch:
         elif self.threshold is not None or held is not None:
             # Without a mask of its own an empty sequence would be routed.
             native.set_mask(ctx, np.ones(self.n_layer, bool), seq)
-        dense = Routing(np.ones(self.n_layer, bool), None, self.prefill, None)
-        routing = held.routing if held is not None and decided else dense
-        slot = _Slot(handle, request, self._sampler(request), TextStream(request.stop), routing, decided=decided)
+        slot = _Slot(handle, request, self._sampler(request), TextStream(request.stop))
         slot.n_past, slot.pending = shared, request.tokens[shared:]
         if request.logprobs is not None:
             slot.scored = Logprobs(request.logprobs, partial(native.token_bytes, self._model.vocab))
@@ -496,36 +494,35 @@ class FirstBatch:
 
     def _prompt_done(self, seq: int, slot: _Slot) -> None:
         """The whole prompt has been read: pin the mask."""
-        ctx, mask = self._ctx.ctx, slot.request.mask
-        if slot.decided:
-            pass
-        elif self._routed(slot.request):
+        ctx = self._ctx.ctx
+        if self._routed(slot.request):
             threshold = self._apply_threshold(slot.request)
-            native.commit(ctx, seq)
+            native.commit(ctx, seq)  # leaves a mask that is pinned already
             pinned = native.get_mask(ctx, self.n_layer, seq)
             assert pinned is not None
-            slot.routing = Routing(pinned, native.get_scores(ctx, self.n_layer, seq), self.prefill, threshold)
-        elif mask is not None:
-            if self.prefill == "full":
-                native.set_mask(ctx, mask, seq)
-            slot.routing = Routing(mask, None, self.prefill, None)
-        self._routings[slot.handle] = slot.routing
+            routing = Routing(pinned, native.get_scores(ctx, self.n_layer, seq), self.prefill, threshold)
+        else:
+            if self.prefill == "full" and slot.request.mask is not None:
+                native.set_mask(ctx, slot.request.mask, seq)
+            routing = Routing(self._mask(slot.request), None, self.prefill, None)
+        self._routings[slot.handle] = routing
 
     def step(self) -> list[Update]:
         """Compute one batch: a token of each sequence that decodes, and prompt tokens as far as n_batch allows.
 
-        Returns the updates of requests that were submit()ted; those of a generate() at work go there.
+        Returns the updates of requests that were submit()ted, also those that a generate() in another thread has
+        computed meanwhile; its own go there.
         """
         with self._lock:
-            self._check_open()
-            mine = []
-            for update in self._step():
-                mail = self._mail.get(update.request)
-                if mail is None:
-                    mine.append(update)
-                else:
-                    mail.append(update)
+            self._deliver()
+            mine = list(self._unclaimed)
+            self._unclaimed.clear()
             return mine
+
+    def _deliver(self) -> None:
+        self._check_open()
+        for update in self._step():
+            self._mail.get(update.request, self._unclaimed).append(update)
 
     def _step(self) -> list[Update]:
         self._fill()
@@ -700,7 +697,7 @@ class FirstBatch:
             while handles:
                 with self._lock:
                     if not any(self._mail[handle] for handle in handles):
-                        self.step()
+                        self._deliver()
                     updates = [update for handle in handles for update in self._mail[handle]]
                     for handle in handles:
                         self._mail[handle].clear()

@@ -142,6 +142,7 @@ class Engine:
         self.max_waiting = max_waiting
         self.jobs: dict[int, _Job] = {}
         self.inbox: queue.Queue[tuple[str, _Job] | None] = queue.Queue()
+        self._n_submitted = self._n_taken = 0  # each is written by one thread only
         self.n_tokens = self.n_requests = self.n_layers_kept = self.n_layers = 0
         self.busy_seconds = 0.0
         self.closed = False
@@ -154,6 +155,7 @@ class Engine:
             raise RuntimeError("the server is shutting down")
         loop, updates = asyncio.get_running_loop(), asyncio.Queue[tuple[_Job, Update | BaseException]]()
         jobs = [_Job(request, i, loop, updates) for i, request in enumerate(requests)]
+        self._n_submitted += len(jobs)
         for job in jobs:
             self.inbox.put(("submit", job))
         return jobs
@@ -172,7 +174,7 @@ class Engine:
     @property
     def n_waiting(self) -> int:
         """Requests without a sequence yet."""
-        return self.batch.n_waiting + self.inbox.qsize()
+        return self.batch.n_waiting + self._n_submitted - self._n_taken
 
     def _take(self, item: tuple[str, _Job] | None) -> bool:
         """Act on one message; False ends the engine."""
@@ -182,7 +184,9 @@ class Engine:
         if kind == "cancel":
             if self.jobs.pop(job.handle, None) is not None:
                 self.batch.cancel(job.handle)
-        elif not job.cancelled:
+            return True
+        self._n_taken += 1
+        if not job.cancelled:
             try:
                 job.handle = self.batch.submit(job.request)
                 self.jobs[job.handle] = job

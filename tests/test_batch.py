@@ -155,6 +155,28 @@ def test_in_skip_a_prefix_is_shared_where_the_mask_is_the_same(files, tiny_model
         assert sum(computed) < 5 * (46 + 8) - 2 * 30
 
 
+def test_in_skip_a_mask_is_reported_that_came_with_a_prefix_still_being_read(tiny_model, tmp_path):
+    """The decision falls long before a prompt of many batches has been read, and stays when it is cancelled."""
+    from first_convert.convert import convert
+
+    folder, base = tiny_model("llama")
+    recipe = tiny.recipe(tmp_path / "r", folder, seed=3, prefill="skip", window=24)
+    convert(None, base_gguf=base, first=recipe, outfile=tmp_path / "m.gguf")
+    prefix = tiny.prompt(64, 5)
+    long, short = prefix + tiny.prompt(150, 6), prefix + tiny.prompt(20, 7)
+    alone = [solo(tmp_path / "m.gguf", p, 4) for p in (long, short)]
+    assert alone[0][1]["skipped"]
+    with FirstBatch(tmp_path / "m.gguf", n_parallel=3, n_batch=24, **F32) as batch:
+        assert answers(batch.generate([long, short], max_tokens=4, temperature=0.0)) == alone
+    for steps in range(1, 6):
+        with FirstBatch(tmp_path / "m.gguf", n_parallel=3, n_batch=24, **F32) as batch:
+            handle = batch.submit(Request(long, temperature=0.0))
+            for _ in range(steps):
+                assert batch.step() == []
+            batch.cancel(handle)
+            assert answers(batch.generate([short], max_tokens=4, temperature=0.0)) == alone[1:]
+
+
 def test_random_prompts_that_share_beginnings_equal_solo(files):
     """Random lengths, branches, masks and thresholds; sequences are reused all the time."""
     for prefill in ("full", "skip"):
@@ -210,6 +232,23 @@ def test_several_streams_and_threads_share_the_batch(files):
         abandoned = batch.generate(prompts, max_tokens=10, stream=True)
         del abandoned  # never begun
         assert batch.n_waiting == 0
+
+
+def test_generate_keeps_what_belongs_to_step(files):
+    """Whoever computes, the updates of a submitted request reach step(), those of a cancelled one nobody."""
+    path = files["full"][2]
+    prompts = [tiny.prompt(10, i) for i in range(4)]
+    alone = [solo(path, p, 10)[0] for p in prompts]
+    with FirstBatch(path, n_parallel=4, **F32) as batch:
+        mine = [batch.submit(Request(p, max_tokens=10, temperature=0.0)) for p in prompts[:3]]
+        assert texts(batch.generate(prompts[3:], max_tokens=10, temperature=0.0)) == alone[3:]
+        batch.cancel(mine[1])
+        found = dict.fromkeys(mine, "")
+        for _ in range(40):
+            for update in batch.step():
+                found[update.request] += update.text
+        assert [found[mine[0]], found[mine[1]], found[mine[2]]] == [alone[0], "", alone[2]]
+        assert batch.n_active == 0
 
 
 def test_each_prompt_has_its_own_sampling_and_stops(files):

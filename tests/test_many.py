@@ -102,6 +102,8 @@ def test_lines_that_cannot_be_answered_do_not_stop_the_others(model, tmp_path, c
         {"prompt": "x", "temperature": -1},
         {"prompt": "x", "temperature": "hot"},
         {"prompt": "x", "seed": -4},
+        {"prompt": "x", "temperature": 10**400},
+        {"prompt": "x", "presence_penalty": -1e39},
         {"prompt": "x", "first": {"mask": [True]}},
         {"prompt": "x", "first": {"mask": [1, 1, 1, 1]}},
         {"prompt": "x", "first": {"skip": 7}},
@@ -115,7 +117,8 @@ def test_lines_that_cannot_be_answered_do_not_stop_the_others(model, tmp_path, c
         7,
     ]
     expected = ["tokens", "empty", "max_tokens is 0", "'tempreature'", "temperature is -1", "temperature is 'hot'"]
-    expected += ["seed is -4", "[1]", "first.mask", "7", "exclude", "first is a int", "prompt is a int", "empty"]
+    expected += ["seed is -4", "at most 3.40282e+38", "presence_penalty is -1e+39"]
+    expected += ["[1]", "first.mask", "7", "exclude", "first is a int", "prompt is a int", "empty"]
     expected += ["message 0", "one of", "one of", "found int"]
     rows = [row for entry in bad for row in (entry, "the quick")]
     file = write(tmp_path / "p.jsonl", rows)
@@ -124,12 +127,12 @@ def test_lines_that_cannot_be_answered_do_not_stop_the_others(model, tmp_path, c
     code = main(["-m", model, "-f", str(file), "--parallel", "4", "--json", "-n", "4", "--temp", "0"])
     out, err = capfd.readouterr()
     found = answers(out)
-    assert code == 2 and err.splitlines()[-1].startswith("first-run: error: 20 of 38 lines not answered; line 1: ")
+    assert code == 2 and err.splitlines()[-1].startswith("first-run: error: 22 of 42 lines not answered; line 1: ")
     good = run(model, "the quick", n_predict=4, temp=0)["text"]
-    assert all(row["text"] == good for row in found[1:36:2])
-    for row, words in zip(found[:36:2], expected, strict=True):
+    assert all(row["text"] == good for row in found[1:40:2])
+    for row, words in zip(found[:40:2], expected, strict=True):
         assert words in row["error"], row
-    assert all("JSON" in row["error"] for row in found[36:])
+    assert all("JSON" in row["error"] for row in found[40:])
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(model, tmp_path, capfd):
@@ -178,9 +181,37 @@ def test_an_outfile_of_something_else_is_refused_and_kept(model, tmp_path, capfd
     for prompts, message in ((other, "line 2"), (shorter, "line 3")):
         assert main([*options, "-f", str(prompts), "-o", str(out)]) == 2
         assert message in capfd.readouterr()[1] and out.read_bytes() == content
-    (tmp_path / "notes.txt").write_text("my notes\n")
-    assert main([*options, "-f", str(file), "-o", str(tmp_path / "notes.txt")]) == 2
-    assert (tmp_path / "notes.txt").read_text() == "my notes\n"
+    for notes in ("my notes\n", "my notes", '{"line": 1, "input": "0123', "[" * 5000 + "\n"):
+        (tmp_path / "notes.txt").write_text(notes)
+        assert main([*options, "-f", str(file), "-o", str(tmp_path / "notes.txt")]) == 2
+        assert (tmp_path / "notes.txt").read_text() == notes
+    # Another model of the same name: its answers would be mixed with these.
+    changed = bytearray(Path(model).read_bytes())
+    changed[-4:] = bytes(4)
+    (tmp_path / "m.gguf").write_bytes(changed)
+    assert Path(model).name == "m.gguf"
+    assert main(["-m", str(tmp_path / "m.gguf"), *options[2:], "-f", str(file), "-o", str(out)]) == 2
+    assert "line 1 does not answer" in capfd.readouterr()[1] and out.read_bytes() == content
+
+
+def test_what_the_output_cannot_show_is_escaped(model, tmp_path, monkeypatch):
+    rows = [
+        '"once"',
+        '{"prompt": "the", "id": "\\ud800"}',
+        '{"prompt": "the", "\\ud800": 1}',
+        '{"prompt": "a", "id": "é"}',
+    ]
+    raw = [row.encode() for row in rows]
+    out = tmp_path / "out.jsonl"
+    for _ in range(2):  # and such answers are known again
+        result = many.run_many(model, raw, out=out, parallel=2, n_predict=2, seed=1)
+    assert result["resumed"] == 4 and "é" in out.read_text(encoding="utf-8")
+    found = answers(out.read_text(encoding="utf-8"))
+    assert found[1]["id"] == "\ud800" and "unknown field '\ud800'" in found[2]["error"] and found[3]["id"] == "é"
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", ascii_only)
+    many.run_many(model, raw, parallel=2, n_predict=2, seed=1)
+    assert answers(ascii_only.buffer.getvalue().decode("ascii")) == found  # type: ignore[attr-defined]
 
 
 def test_progress_is_for_terminals_on_stderr(model, tmp_path, capsys, monkeypatch):

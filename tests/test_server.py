@@ -519,6 +519,45 @@ def test_a_full_queue_is_503_and_empties(model):
         assert web.post("/v1/completions", json={**body, "max_tokens": 1}).status_code == 200
 
 
+def test_only_requests_wait(model, monkeypatch):
+    """What tells the engine that an answer has ended is no request, however long the step takes."""
+    import asyncio
+
+    from pyfirst.batch import Request
+    from pyfirst.server import Engine
+
+    step, inside, go = FirstBatch.step, threading.Event(), threading.Event()
+
+    def held(self):
+        inside.set()
+        assert go.wait(60)
+        return step(self)
+
+    monkeypatch.setattr(FirstBatch, "step", held)
+    engine = Engine(FirstBatch(model, n_parallel=2, n_ctx=CONTEXT))
+
+    async def client() -> None:
+        (job,) = engine.submit([Request([5, 6, 7], max_tokens=2)])
+        assert await asyncio.to_thread(inside.wait, 60)
+        for _ in range(5):
+            engine.cancel(job)
+        assert engine.n_waiting == 1  # it was submitted; the step that gives it a place has not begun
+        others = engine.submit([Request([5, 6, 7], max_tokens=2) for _ in range(3)])
+        assert engine.n_waiting == 4
+        engine.cancel(others[2])
+        go.set()
+        for _ in range(2):
+            while (await others[0].updates.get())[1].finish_reason is None:  # type: ignore[union-attr]
+                pass
+        assert engine.n_waiting == 0
+
+    try:
+        asyncio.run(client())
+    finally:
+        go.set()
+        engine.close()
+
+
 def test_requests_during_shutdown_end_and_the_process_too(model):
     with started(model) as (url, process, log):
         body = {"prompt": "the quick", "max_tokens": 100, "temperature": 1, "stream": True}

@@ -18,6 +18,7 @@ from pyfirst.batch import FirstBatch, Request, first_options
 from pyfirst.chat import ChatTemplate
 from pyfirst.cli import common
 from pyfirst.errors import InputError
+from pyfirst.llama import fingerprint
 
 # Prompts submitted ahead of the oldest unanswered one, per place: what an interruption may lose.
 AHEAD = 64
@@ -57,27 +58,44 @@ def read_line(raw: bytes) -> dict[str, Any]:
     return row
 
 
-def _resume(out: Path, n_lines: int, digests: list[str], model: str) -> int:
+def _resume(out: Path, digests: list[str], model: str) -> int:
     """Lines of ``out`` that are complete answers to the first lines of the input; a torn end is cut off."""
     if not out.exists():
         return 0
     done = size = 0
     with out.open("rb+") as file:
         for line in file:
-            if not line.endswith(b"\n"):
-                break
-            try:
-                row = json.loads(line)
-                found = row["line"], row["input"], row["model"]
-            except (ValueError, TypeError, KeyError):
-                raise InputError(f"{out}: line {done + 1} is not an answer of first-run; give another -o") from None
-            if done >= n_lines or found != (done + 1, digests[done], model):
+            if done >= len(digests) or not _answers(line, done + 1, digests[done], model):
                 raise InputError(
-                    f"{out}: line {done + 1} does not answer line {done + 1} of this file with {model}; give another -o"
+                    f"{out}: line {done + 1} does not answer line {done + 1} of this file with this {model}; "
+                    "give another -o"
                 )
-            done, size = done + 1, size + len(line)
+            if line.endswith(b"\n"):
+                done, size = done + 1, size + len(line)
         file.truncate(size)
     return done
+
+
+def _answers(line: bytes, number: int, digest: str, model: str) -> bool:
+    """Whether a line, or the beginning of one that was torn, answers that line of the input."""
+    if not line.endswith(b"\n"):
+        start = f'{{"line": {number}, "input": "{digest}"'.encode()
+        return start.startswith(line[: len(start)])
+    try:
+        row = json.loads(line)
+        return bool((row["line"], row["input"], row["model"]) == (number, digest, model))
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
+
+
+def _encodable(answer: dict[str, Any], encoding: str) -> str:
+    """The JSON of an answer, escaped where it holds what the encoding lacks, such as half a surrogate pair."""
+    text = json.dumps(answer, ensure_ascii=False)
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return json.dumps(answer)
+    return text
 
 
 class _Progress:
@@ -138,12 +156,8 @@ def run_many(
     rows = [line for line in (line.strip() for line in lines) if line]
     if not rows:
         raise InputError("no prompts: expected a line of JSON for each")
-    digests = [hashlib.sha256(row).hexdigest()[:16] for row in rows]
     name = Path(model).name
-    done = _resume(out, len(rows), digests, name) if out is not None else 0
-    resumed = done
     errors, kept, first_error = 0, [], None
-    progress = _Progress(len(rows), done)
     with contextlib.ExitStack() as stack:
         batch = stack.enter_context(
             FirstBatch(
@@ -159,6 +173,10 @@ def run_many(
                 verbose=verbose,
             )
         )
+        model_id = fingerprint(model).encode()
+        digests = [hashlib.sha256(model_id + row).hexdigest()[:16] for row in rows]
+        resumed = done = _resume(out, digests, name) if out is not None else 0
+        progress = _Progress(len(rows), done)
         forced = None
         if skip_layers is not None:
             forced = np.ones(batch.n_layer, bool)
@@ -231,7 +249,7 @@ def run_many(
                             "seed": made.seed,
                         }
                 while done in ready and ("text" in ready[done] or "error" in ready[done]):
-                    file.write(json.dumps(ready.pop(done), ensure_ascii=False) + "\n")
+                    file.write(_encodable(ready.pop(done), file.encoding) + "\n")
                     file.flush()
                     done += 1
                     progress.done = done
