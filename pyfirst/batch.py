@@ -290,8 +290,9 @@ class FirstBatch:
         return max(len(text or b"") for text in texts)
 
     def text(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, without control tokens and bytes that are not UTF-8."""
+        """The text of tokens, without control tokens and what is not UTF-8. Raises InputError for unknown ids."""
         self._check_open()
+        native.check_tokens(self._model.vocab, tokens, "the text")
         return b"".join(native.token_bytes(self._model.vocab, token) for token in tokens).decode("utf-8", "ignore")
 
     def answer_start(self, prompt: str | Sequence[int], logprobs: int | None) -> int:
@@ -323,10 +324,7 @@ class FirstBatch:
             raise InputError(f"logprobs is {request.logprobs}, expected 0 or more")
         if request.seed is not None and not 0 <= request.seed < 2**32 - 1:
             raise InputError(f"seed is {request.seed}, expected 0 to {2**32 - 2}")
-        n_vocab = self._model.n_vocab()
-        for token in request.tokens:
-            if not 0 <= token < n_vocab:
-                raise InputError(f"the prompt holds token {token}, the vocabulary has {n_vocab}")
+        native.check_tokens(self._model.vocab, request.tokens, "the prompt")
         if request.mask is not None:
             request.mask = np.asarray(request.mask)
             if request.mask.shape != (self.n_layer,):

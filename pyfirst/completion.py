@@ -7,6 +7,7 @@ forms, so that the pieces of a stream always add up to the whole.
 
 from __future__ import annotations
 
+import codecs
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -81,6 +82,14 @@ class Logprobs:
         return taken
 
 
+def _by_text(top: Sequence[tuple[bytes, float]]) -> dict[str, float]:
+    """The best of those with the same text, which are parts of characters, the best first."""
+    found: dict[str, float] = {}
+    for piece, value in top:
+        found.setdefault(_text(piece), value)
+    return found
+
+
 def completion_logprobs(entries: Sequence[TokenLogprob], start: int = 0) -> dict[str, list] | None:
     """OpenAI's form for /v1/completions, None if there are none; ``start`` is added to the offsets."""
     if not entries:
@@ -90,10 +99,7 @@ def completion_logprobs(entries: Sequence[TokenLogprob], start: int = 0) -> dict
         "tokens": [entry.text for entry in entries],
         "token_logprobs": [entry.logprob for entry in entries],
         "top_logprobs": [
-            None
-            if entry.logprob is None
-            else {**{_text(piece): value for piece, value in reversed(entry.top)}, entry.text: entry.logprob}
-            for entry in entries
+            None if entry.logprob is None else {**_by_text(entry.top), entry.text: entry.logprob} for entry in entries
         ],
     }
 
@@ -114,13 +120,19 @@ def chat_logprobs(entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
     }
 
 
-def _score_prompt(llm: FirstLlama, scored: Logprobs, tokens: list[int]) -> None:
-    """Put the prompt's tokens first, without BOS as in its text; the first has nothing to be compared with."""
+def _score_prompt(llm: FirstLlama, scored: Logprobs, tokens: list[int], asked: str, special: bool) -> None:
+    """Put the prompt's tokens first, without BOS; the first has nothing to be compared with.
+
+    They end where the text ``asked`` ends. ``special``: control tokens have their names in it.
+    """
     later, scored.entries = scored.entries, []
-    first, offset = int(tokens[0] == llm.token_bos()), 0
-    for i in range(first, len(tokens)):
-        scored.add(tokens[i], offset, llm.logits_of(i - 1) if i > first else None)
-        offset = len(_text(llm.detokenize(tokens[first : i + 1])))
+    first = int(tokens[0] == llm.token_bos())
+    decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+    lengths = [len(decoder.decode(llm.detokenize([token], special=special))) for token in tokens[first:]]
+    offset = len(asked) - sum(lengths)
+    for i, length in enumerate(lengths, first):
+        scored.add(tokens[i], max(offset, 0), llm.logits_of(i - 1) if i > first else None)
+        offset += length
     scored.entries += later
 
 
@@ -202,7 +214,7 @@ def complete(
         if echo and not parts:
             shown = asked + shown
             if scored is not None:
-                _score_prompt(llm, scored, tokens)
+                _score_prompt(llm, scored, tokens, asked, isinstance(prompt, str))
         if scored is not None:
             whole = reason is not None and text.n_shown == text.n_read
             values = completion_logprobs(scored.take(None if whole else len(asked) + text.n_shown))

@@ -250,9 +250,17 @@ class FirstLlama(llama_cpp.Llama):
         return super().tokenize(text, add_bos, special)
 
     def detokenize(self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False) -> bytes:
-        """Bytes of token ids, as the parent gives them. Raises InputError for a file without a vocabulary."""
+        """Bytes of token ids, as the parent gives them, which loses tokens of more than 32 bytes.
+
+        Raises InputError for a file without a vocabulary, and for ids that it lacks.
+        """
         self._check_vocab()
-        return super().detokenize(tokens, prev_tokens, special)
+        native.check_tokens(self._model.vocab, tokens, "the text")
+        if not isinstance(self.tokenizer_, llama_cpp.LlamaTokenizer):
+            return super().detokenize(tokens, prev_tokens, special)
+        text = b"".join(native.token_bytes(self._model.vocab, token, special) for token in tokens)
+        # Tokenizers with BOS put a space before the first word.
+        return text[1:] if text[:1] == b" " and tokens[0] == self.token_bos() else text
 
     def is_eog(self, token: int) -> bool:
         """Whether a token ends the answer."""
@@ -402,7 +410,8 @@ class FirstLlama(llama_cpp.Llama):
     ) -> Generator[int, Any, None]:
         """Yield tokens, as the parent does, until the context is full.
 
-        Raises ValueError for an empty prompt and one that exceeds n_ctx, RuntimeError where another call came between.
+        Raises ValueError for an empty prompt, one that exceeds n_ctx and tokens that the vocabulary lacks, RuntimeError
+        where another call came between.
         """
         self._check_open()
         tokens = list(tokens)
@@ -410,6 +419,7 @@ class FirstLlama(llama_cpp.Llama):
             raise InputError("the prompt is empty: at least one token must decide")
         if len(tokens) > self._n_cells:
             raise InputError(f"the prompt has {len(tokens)} tokens, the context holds {self._n_cells}")
+        native.check_tokens(self._model.vocab, tokens, "the prompt")
         with self._lock:
             self._turn += 1
             turn = self._turn
@@ -465,6 +475,7 @@ class FirstLlama(llama_cpp.Llama):
             raise InputError(f"the prompt has {len(tokens)} tokens, the context holds {self._n_cells} with the answer")
         if logit_bias:
             bias = {int(token): float(value) for token, value in logit_bias.items()}
+            native.check_tokens(self._model.vocab, bias, "logit_bias")
 
             def biased(_: Any, scores: np.ndarray) -> np.ndarray:
                 scores = scores.copy()

@@ -12,7 +12,7 @@ import importlib.metadata
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -152,14 +152,24 @@ def check_vocab(vocab: Any, model_path: str) -> None:
         raise InputError(f"{model_path}: no vocabulary in this file, so it reads and writes no text")
 
 
-def token_bytes(vocab: Any, token: int) -> bytes:
-    """The bytes that a token stands for; control tokens stand for none."""
+def check_tokens(vocab: Any, tokens: Iterable[int], what: str) -> None:
+    """Raise InputError for a token id that the vocabulary lacks; llama.cpp ends the process for some."""
+    import llama_cpp
+
+    n_vocab = llama_cpp.llama_vocab_n_tokens(vocab)
+    for token in tokens:
+        if not 0 <= token < n_vocab:
+            raise InputError(f"{what} holds token {token}, the vocabulary has {n_vocab}")
+
+
+def token_bytes(vocab: Any, token: int, special: bool = False) -> bytes:
+    """The bytes that a token stands for; control tokens stand for none, or with ``special`` for their names."""
     import llama_cpp
 
     size = 64
     while True:
         buffer = ctypes.create_string_buffer(size)
-        n = llama_cpp.llama_token_to_piece(vocab, token, buffer, size, 0, False)
+        n = llama_cpp.llama_token_to_piece(vocab, token, buffer, size, 0, special)
         if n >= 0:
             return buffer.raw[:n]
         size = -n

@@ -163,6 +163,75 @@ def test_logprobs_of_a_stream_are_those_of_the_whole_and_need_no_score_matrix(ti
     llm.close()
 
 
+def test_top_logprobs_come_best_first_as_the_parents(llm):
+    """Also in a chat, whose list the parent makes of them."""
+    options = {"max_tokens": 6, "temperature": 0.0, "logprobs": 4}
+    for row in llm.create_completion("the quick", **options)["choices"][0]["logprobs"]["top_logprobs"]:
+        assert list(row.values()) == sorted(row.values(), reverse=True) and len(row) > 1
+    chat = llm.create_chat_completion(
+        [{"role": "user", "content": "hi"}], max_tokens=6, temperature=0.0, logprobs=True, top_logprobs=4
+    )
+    for entry in chat["choices"][0]["logprobs"]["content"]:
+        values = [other["logprob"] for other in entry["top_logprobs"]]
+        assert values == sorted(values, reverse=True) and len(values) > 1
+
+
+def test_offsets_of_an_echo_are_places_in_its_text(tiny_model):
+    """Control tokens in the prompt have their names in the text."""
+    _, path = tiny_model("llama")
+    llm = FirstLlama(path, logits_all=True, **F32)
+    for prompt in ("<|im_start|>user the quick<|im_end|>é brown", "<s>the quick", [1, *tiny.prompt(9)], "the"):
+        for stream in (False, True):
+            options = {"max_tokens": 4, "temperature": 0.0, "echo": True, "logprobs": 0, "stream": stream}
+            answer = llm.create_completion(prompt, **options)
+            choices = [chunk["choices"][0] for chunk in (answer if stream else [answer])]
+            text = "".join(choice["text"] for choice in choices)
+            values = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+            tokens = [t for value in values for t in value["tokens"]]
+            offsets = [o for value in values for o in value["text_offset"]]
+            assert offsets == sorted(offsets) and len(offsets) > 4
+            for token, at in zip(tokens, offsets, strict=True):
+                assert text[at:].startswith(token), (prompt, token, at)
+    llm.close()
+
+
+def test_long_tokens_are_shown_whole(tiny_model, tmp_path):
+    """The parent's buffer holds 32 bytes; SmolLM2 has 47 tokens that are longer, lines of dashes among them."""
+    from first_convert.ggufio import Entry, Gguf, rewrite
+
+    source, key = Gguf(tiny_model("llama")[1]), "tokenizer.ggml.tokens"
+    long = {30: "-" * 64, 31: "=" * 33}
+    names = [long.get(i, name) for i, name in enumerate(source.get(key))]
+    path = tmp_path / "long.gguf"
+    rewrite(source, path, [Entry(key, "ARRAY", names, "STRING")], lambda name: name != key)
+    llm = FirstLlama(path, **F32)
+    assert llm.detokenize([30]) == long[30].encode() and llm.detokenize([5, 31]).endswith(long[31].encode())
+    bias = {"max_tokens": 3, "temperature": 0.0, "logit_bias": {30: 100.0}}
+    whole = llm.create_completion([1, 5], **bias)["choices"][0]["text"]
+    assert (
+        whole
+        == 3 * long[30]
+        == "".join(chunk["choices"][0]["text"] for chunk in llm.create_completion([1, 5], stream=True, **bias))
+    )
+    llm.close()
+
+
+@pytest.mark.parametrize("token", [-1, tiny.VOCAB, 2**31])
+def test_tokens_that_the_vocabulary_lacks_are_an_error(token, llm):
+    """Some of them made llama.cpp end the process."""
+    wrong = f"holds token {token}, the vocabulary has {tiny.VOCAB}"
+    for call in (
+        lambda: llm.create_completion([1, token]),
+        lambda: list(llm.create_completion([1, token], stream=True)),
+        lambda: llm.create_completion([1, 5], logit_bias={token: 5.0}),
+        lambda: llm.detokenize([token]),
+        lambda: next(llm.generate([1, token])),
+    ):
+        with pytest.raises(InputError, match=wrong):
+            call()
+    assert llm.create_completion([1, 5], max_tokens=2)["usage"]["completion_tokens"] <= 2
+
+
 def test_echo_streams_as_it_answers(llm):
     for prompt in ("the quick", [1, *tiny.prompt(5)]):
         options = {"max_tokens": 5, "temperature": 0.0, "echo": True}
