@@ -10,6 +10,7 @@ is the same; with --docs FOLDER all is measured anew.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -82,13 +83,14 @@ def speeds(
     """Median decode speed of each point, all in turns on the same prompts."""
     models = [open_model(gguf, point["arguments"], threads) for point, gguf in opened]
     taken: list[list[float]] = [[] for _ in opened]
-    examples = [example for path in tests for example in read_examples(path, rounds)]
-    for example in examples:
+    files = [read_examples(path, rounds) for path in tests]
+    for example in itertools.chain(*files):
         for place, llm in enumerate(models):
             taken[place].append(decode_speed(llm, llm.prompt_tokens(example.prompt), n))
     for (point, _), values in zip(opened, taken, strict=True):
         # The mean of the tasks' medians: masks differ by task, and one slow turn should not count.
-        parts = [values[at : at + rounds] for at in range(0, len(values), rounds)]
+        left = iter(values)
+        parts = [list(itertools.islice(left, len(file))) for file in files]
         point["tokens_per_s"] = statistics.mean(map(statistics.median, parts))
         point["quartiles"] = np.percentile(values, (25, 75)).round(2).tolist()
     for llm in models:

@@ -81,6 +81,8 @@ def prepare(directory: Path) -> Path:
     tree = directory / "llama.cpp"
     if (tree / STAMP).is_file() and (tree / STAMP).read_text() == wanted:
         return tree
+    if tree.exists() and ((tree / ".git").exists() or not (tree / STAMP).is_file()):
+        sys.exit(f"error: {tree}: not as this script leaves it, or under git, so it is not replaced; move it away")
     archive = download(directory)
     with tempfile.TemporaryDirectory(dir=directory) as scratch, tarfile.open(archive) as tar:
         top = archive.name.removesuffix(".tar.gz")

@@ -66,9 +66,13 @@ def release(archive: Path, tree: Path, branch: str) -> None:
 
 def start(pinned: Path, other: Path, tree: Path) -> None:
     """Make the repository ``tree``: branch ``pinned`` and the series on it, branch ``moved`` of the other release."""
+    mark = tree / ".git" / "pyfirst-refresh"
+    if tree.exists() and not mark.is_file():
+        sys.exit(f"error: {tree}: not made by this script, so it is not replaced; move it away or take another --out")
     shutil.rmtree(tree, ignore_errors=True)
     tree.mkdir(parents=True)
     git(tree, "init", "--quiet")
+    mark.touch()
     release(pinned, tree, "pinned")
     git(tree, "checkout", "--quiet", "-b", "series")
     git(tree, "am", "--quiet", "--whitespace=nowarn", *map(str, prepare.series()))

@@ -52,9 +52,9 @@ class ChatTemplate:
         return "probe" in prompt and "'probe'" not in prompt and '"probe"' not in prompt
 
     def _plain(self, message: dict[str, Any]) -> dict[str, Any]:
-        """The message with its text parts joined, where the template wants a string."""
+        """The message with its text parts joined, where the template wants a string. Raises InputError for others."""
         content = message.get("content")
-        if self._takes_parts or not isinstance(content, list):
+        if not isinstance(content, list):
             return message
         texts = []
         for part in content:
@@ -62,7 +62,7 @@ class ChatTemplate:
                 kind = part.get("type") if isinstance(part, dict) else type(part).__name__
                 raise InputError(f"{self.model_path}: a message holds a part of type {kind!r}, this model reads text")
             texts.append(part["text"])
-        return {**message, "content": "".join(texts)}
+        return message if self._takes_parts else {**message, "content": "".join(texts)}
 
     def __call__(self, *, messages: Sequence[dict[str, Any]], **kwargs: Any) -> ChatFormatterResponse:
         """As the formatters of llama_cpp.llama_chat_format.

@@ -86,7 +86,7 @@ def observe(
             "task_keep_rate": {
                 task: masks[[own == task for own in tasks]].mean(0).tolist() for task in dict.fromkeys(tasks)
             },
-            "guess": compared["guess"]["modal"]["value"] if compared else None,
+            "guess": compared["guess"]["modal"]["value"] if compared and compared["guess"] else None,
             "chance": compared["chance"] if compared else None,
         }
     finally:

@@ -186,6 +186,13 @@ def kv_bytes(header: Header, n_ctx: int, item: int = 2, *, reserved: bool = Fals
     return [(k + v) * n_ctx * item for k, v in zip(keys, values, strict=True)]
 
 
+def check(model: str | os.PathLike[str]) -> None:
+    """Raise InputError where compare() cannot measure the file, before anything is computed."""
+    with opened(model) as header:
+        check_whole(header, model)
+    evict(model)
+
+
 def compare(
     model: str | os.PathLike[str],
     tokens: Sequence[int],
@@ -206,14 +213,15 @@ def compare(
 
     Returns {"file_bytes", "n_ctx", "dense", "routed"}, the two with "read_bytes", "resident_bytes",
     "anonymous_bytes" (see Usage), "kept" (layers), "layers" (share of each layer's pages in memory) and "kv_bytes"
-    (what keys and values of the kept layers take; llama.cpp reserves those of all). Raises InputError.
+    (keys and values that are written, in "full" the prompt's in all layers; llama.cpp reserves those of all). Raises
+    InputError.
     """
     from pyfirst.llama import FirstLlama
 
     n_ctx = n_ctx or len(tokens) + n_predict
     with opened(model) as header:
         check_whole(header, model)
-        spans, cache = layer_spans(header), kv_bytes(header, n_ctx)
+        spans, token = layer_spans(header), kv_bytes(header, 1)
     result: dict[str, Any] = {"file_bytes": Path(model).stat().st_size, "n_ctx": n_ctx}
     for name, own in (("dense", {"routing": False}), ("routed", options)):
         llm = FirstLlama(model, n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, use_mmap=True, **own)
@@ -222,7 +230,8 @@ def compare(
                 for _ in islice(llm.generate(list(tokens), temp=0.0), n_predict):
                     pass
             assert llm.routing is not None
-            mask = llm.routing.mask
+            mask, n_written = llm.routing.mask, llm.n_tokens
+            n_dense = len(tokens) if llm.routing.prefill == "full" else 0
         finally:
             llm.close()
         result[name] = {
@@ -231,7 +240,7 @@ def compare(
             "resident_bytes": usage.resident_bytes,
             "anonymous_bytes": usage.anonymous_bytes,
             "layers": layers_resident(spans, usage.pages),
-            "kv_bytes": sum(size for size, keep in zip(cache, mask, strict=True) if keep),
+            "kv_bytes": sum(size * (n_written if keep else n_dense) for size, keep in zip(token, mask, strict=True)),
         }
     return result
 

@@ -32,6 +32,16 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def _save(figure: Any, path: Path) -> None:
+    """Write the picture under another name first, so that a full disk leaves the old one."""
+    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        figure.savefig(part, dpi=120)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def bench(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Draw speedup over the share of layers skipped, measured and ideal, from what first-bench returns."""
     figure = _figure(9, 4)
@@ -59,7 +69,7 @@ def bench(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
         "points measured, dashed ideal, x pruned file, * routed",
         fontsize=9,
     )
-    figure.savefig(Path(path), dpi=120)
+    _save(figure, Path(path))
 
 
 def masks(seen: dict[str, Any], path: str | os.PathLike[str]) -> None:
@@ -117,4 +127,4 @@ def masks(seen: dict[str, Any], path: str | os.PathLike[str]) -> None:
     kept.set(xlabel=f"layers kept of {n_layer}", ylabel="prompts")
     kept.yaxis.get_major_locator().set_params(integer=True)
     figure.suptitle(Path(seen["model"]).name)
-    figure.savefig(Path(path), dpi=120)
+    _save(figure, Path(path))

@@ -221,23 +221,22 @@ def compare_tasks(masks: np.ndarray, tasks: Sequence[str], weights: np.ndarray) 
     """How masks, bool [n, n_layer], tell tasks apart; None for a single task.
 
     "modal" names the layers that each task's most frequent mask leaves out, "differ" is the share of layers on
-    which two tasks' modal masks differ, "guess" the accuracy of guess_tasks(); by chance it is "chance".
+    which two tasks' modal masks differ, "guess" the accuracy of guess_tasks(), None where every task has one example;
+    by chance it is "chance".
     """
     names = list(dict.fromkeys(tasks))
     if len(names) < 2:
         return None
     modal = {name: modal_mask(masks[[task == name for task in tasks]]) for name in names}
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-    everything = np.arange(len(tasks))
-    guesses = {
-        kind: estimate(mean(guess_tasks(masks, tasks, kind == "modal")), weights, everything)
-        for kind in ("mean", "modal")
-    }
-    for guess in guesses.values():
-        del guess["difference"]
+    in_company = np.array([i for i, task in enumerate(tasks) if tasks.count(task) > 1])
+    guesses = {}
+    for kind in ("mean", "modal") if len(in_company) else ():
+        guesses[kind] = estimate(mean(guess_tasks(masks, tasks, kind == "modal")), weights, in_company)
+        del guesses[kind]["difference"]
     return {
         "modal": {name: np.flatnonzero(~mask).tolist() for name, mask in modal.items()},
         "differ": {f"{a} / {b}": float((modal[a] != modal[b]).mean()) for a, b in pairs},
-        "guess": guesses,
+        "guess": guesses or None,
         "chance": 1 / len(names),
     }

@@ -32,12 +32,12 @@ def example(row: Any, where: str, task: str, *, need_references: bool = True) ->
         raise InputError(f"{where}: expected 'references', a list of texts, or a text 'response'")
     if not all(isinstance(text, str) and text.strip() for text in references):
         raise InputError(f"{where}: the response or a reference is not a text, or empty")
-    try:
-        "".join([row["prompt"], *references]).encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{where}: half of a UTF-16 pair (\\ud800 to \\udfff), which is not a character") from None
     named = row.get("task")
     task = " ".join(str(task if named is None else named).split())  # one line, for tables
+    try:
+        "".join([row["prompt"], *references, task]).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: half of a UTF-16 pair (\\ud800 to \\udfff), which is not a character") from None
     return Example(task, row["prompt"], references, where)
 
 
@@ -62,7 +62,7 @@ def read_examples(
             row = json.loads(raw.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             raise InputError(f"{where}: not UTF-8 text (byte {error.start})") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: not valid JSON ({error}); expected one object a line") from None
         examples.append(example(row, where, path.name.split(".")[0], need_references=need_references))
     if not examples:

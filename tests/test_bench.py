@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import subprocess
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -218,6 +220,35 @@ def test_without_a_pruned_copy_the_line_is_fitted_to_the_forced_runs(tiny_model,
         seconds = [1 / run["tokens_per_s"] for run in (rows[0], rows[2], rows[3])]  # dense, 1 and 2 skipped
         layer, fixed = np.polyfit([4, 3, 2], seconds, 1)
         assert fit["from"] == "forced" and (fit["fixed_s"], fit["layer_s"]) == pytest.approx((fixed, layer))
+
+
+def test_without_a_cache_folder_there_is_no_pruned_copy(tiny_model, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nothing")
+    result = bench(str(tiny_model("llama")[1]), prompt_length=8, n_predict=2, repeats=1, skipped="1,2")
+    assert {run["mode"] for run in result["runs"]} == {"dense", "forced"}
+
+
+def test_a_picture_that_fails_costs_no_result_and_no_other_file(tiny_model, tmp_path, monkeypatch, capfd):
+    model, plot = shutil.copy(tiny_model("llama")[1], tmp_path / "model.pdf"), tmp_path / "x.png"
+    options = ["-m", str(model), "-p", "8", "-n", "2", "--repeats", "1", "--skipped", "2", "--json", "--plot"]
+    before = model.read_bytes()
+    for path, message in ((model, "is read, so it cannot be written to"), ("/proc/x.png", "No such file")):
+        assert main([*options, str(path)]) == 2
+        out, err = capfd.readouterr()
+        assert out == "" and message in err and model.read_bytes() == before
+    assert main([*options, str(plot)]) == 0
+    capfd.readouterr()
+    drawn = plot.read_bytes()
+
+    def full(self, path, **_):
+        Path(path).write_bytes(b"half a picture")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    assert main([*options, str(plot)]) == 2
+    out, err = capfd.readouterr()
+    assert json.loads(out)["runs"] and "No space left" in err
+    assert plot.read_bytes() == drawn and not list(tmp_path.glob("*.part*"))
 
 
 def test_what_memory_cannot_hold_is_refused_with_the_numbers(tiny_model, monkeypatch):

@@ -92,6 +92,8 @@ def test_parts_are_joined_where_the_template_wants_text(tiny_model, other):
         llm.create_chat_completion(image)
     reads_parts = FirstLlama(other(PARTS))
     assert reads_parts.chat_template.render(parts) == "[a][b]"
+    with pytest.raises(InputError, match="image_url"):
+        reads_parts.create_chat_completion(image)
 
 
 @pytest.mark.parametrize(

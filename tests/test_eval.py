@@ -255,6 +255,11 @@ def test_guessing_tasks_from_masks():
     assert found["modal"] == {"x": [2], "y": [1]} and found["differ"] == {"x / y": 0.5} and found["chance"] == 0.5
     assert found["guess"]["mean"]["value"] == pytest.approx(7 / 8)
     assert scores.compare_tasks(masks, ["x"] * 8, scores.draw(["x"] * 8, 0)) is None
+    # One that is alone in its task cannot be guessed, so it does not count as a wrong guess.
+    tasks = ["x", "x", "y", "y", "z"]
+    found = scores.compare_tasks(np.array([a, a, b, b, [0, 1, 1, 1]], bool), tasks, scores.draw(tasks, 0))
+    assert found["guess"]["mean"]["value"] == found["guess"]["modal"]["value"] == 1 and found["chance"] == 1 / 3
+    assert scores.compare_tasks(masks[3:5], ["x", "y"], scores.draw(["x", "y"], 0))["guess"] is None
 
 
 def test_tasks_with_masks_of_their_own(tiny_model, tmp_path, capfd):
@@ -263,6 +268,8 @@ def test_tasks_with_masks_of_their_own(tiny_model, tmp_path, capfd):
     rows = [{"task": t, "prompt": t * n, "response": "x"} for t in ("@", "7") for n in (8, 12, 16)]
     path = tmp_path / "two.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
+    for name, row in (("first", rows[0]), ("last", rows[-1])):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
     net = tiny.load(folder)
     means = {}
     for row in rows:
@@ -285,6 +292,8 @@ def test_tasks_with_masks_of_their_own(tiny_model, tmp_path, capfd):
     assert routed["masks"]["guess"]["mean"]["value"] == routed["masks"]["guess"]["modal"]["value"] == 1
     assert dense["masks"]["guess"]["mean"]["value"] == 0.5 and dense["total"]["distinct_masks"] == 1
     assert routed["total"]["kept"]["value"] == pytest.approx(0.875)
+    code, out, err = said(capfd, *argv, "--data", tmp_path / "first.jsonl", tmp_path / "last.jsonl")
+    assert code == 0 and "@ / 7 differ" in out and "guessed" not in out
     code, out, err = said(capfd, *argv)
     assert code == 0 and "task guessed from the nearest mean mask: 100.0% right" in out
     assert "@ / 7 differ on 25% of the layers" in out
@@ -413,6 +422,8 @@ def test_lines_of_a_data_file(tmp_path):
         (["--data", "{list}"], "list:1: expected an object"),
         (["--data", "{no text}"], "no text:1: the response"),
         (["--data", "{binary}"], "binary:1: not UTF-8"),
+        (["--data", "{deep}"], "deep:1: not valid JSON"),
+        (["--data", "{half}"], "half:1: half of a UTF-16 pair"),
         (["--data", "{long}"], "long:1: prompt ("),
         (["-m", "{missing}"], "no such file"),
         (["-m", "{binary}"], "not a usable GGUF"),
@@ -444,6 +455,8 @@ def test_wrong_input_is_one_line_and_exit_code_2(options, message, plain, data, 
         ("broken", good + "\n{"),
         ("bare", '{"prompt": "x"}'),
         ("list", "[1]"),
+        ("deep", "[" * 100_000),
+        ("half", '{"prompt": "x", "response": "x", "task": "\\ud800"}'),
         ("no text", '{"prompt": "x", "references": [" "]}'),
         ("long", json.dumps({"prompt": "word " * 600, "response": "x"})),
     ):

@@ -145,6 +145,7 @@ def test_picture_and_json_of_the_command(made, tmp_path, capsys):
         (["{plain}", "-p", "x"], "no routers in this file"),
         (["{routed}", "--plot", "x.png"], "--plot needs prompts"),
         (["{routed}", "-p", "x", "--plot", "x.doc"], "--plot x.doc"),
+        (["{routed}", "--data", "{tasks}", "--plot", "{tasks}"], "tasks.png: is read"),
         (["{routed}", "--data", "{missing}"], "no such file"),
         (["{routed}", "--data", "{bad}"], "bad.jsonl:1: expected an object with a text 'prompt'"),
         (["{routed}", "-p", "the dog " * 20, "-c", "16"], "expected 1 to 16; see -c"),
@@ -159,7 +160,9 @@ def test_wrong_input_is_one_line(options, message, made, tiny_model, tmp_path, c
         "routed": made[2],
         "missing": tmp_path / "no",
         "bad": tmp_path / "bad.jsonl",
+        "tasks": tmp_path / "tasks.png",
     }
+    (tmp_path / "tasks.png").write_text('{"prompt": "x"}\n')
     assert main([option.format(**names) for option in options]) == 2
     out, err = capfd.readouterr()
     assert out == "" and len(err.splitlines()) == 1 and message in err

@@ -74,6 +74,29 @@ def test_unchanged_files_keep_their_timestamps(tmp_path):
     assert (tmp_path / "new" / "changed.cpp").stat().st_mtime > 1000
 
 
+@pytest.mark.parametrize("made", ["elsewhere", "under git"])
+def test_a_tree_that_holds_somebodys_work_is_not_replaced(made, refresh, releases, tmp_path, capsys):
+    """Another llama.cpp in the folder, or one in which a patch is being changed."""
+    out = tmp_path / "out"
+    for path, run in (
+        (out / "sdists", lambda: refresh.prepare.prepare(out / "sdists")),
+        (out, lambda: refresh.refresh("1.0", out)),
+    ):
+        tree = path / "llama.cpp"
+        if made == "under git":
+            run()
+            (tree / ".git").mkdir(exist_ok=True)
+            (tree / ".git" / "pyfirst-refresh").unlink(missing_ok=True)
+        else:
+            tree.mkdir()
+        (tree / "mine.cpp").write_text("work")
+        with (tmp_path / "patches" / "0002-b.patch").open("a") as patch:
+            patch.write("\n")  # so that what was prepared is out of date
+        with pytest.raises(SystemExit, match=r"llama.cpp: .*not replaced; move it away"):
+            run()
+        assert (tree / "mine.cpp").read_text() == "work"
+
+
 @pytest.fixture(scope="module")
 def refresh():
     import sys

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,8 @@ import tiny
 from first_convert import convert
 from pyfirst import FirstLlama
 from pyfirst.cli.common import parse_share
-from pyfirst.cli.run import build_parser, main, parse_layers, run
+from pyfirst.cli.run import build_parser, converse, main, parse_layers, run
+from pyfirst.cli.session import Session
 from pyfirst.errors import InputError
 
 PROMPT = "the quick brown fox"
@@ -73,6 +76,10 @@ def test_mem_tells_what_is_read(routed, capfd):
     code, out, _ = said(capfd, *arguments)
     assert code == 0 and out.startswith(result["text"]) and "read from the file, MB" in out
     assert said(capfd, "-m", routed, "--chat", "--mem")[0] == 2
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        copy = shutil.copy(routed, folder)  # cannot be dropped from memory: told before there is an answer to lose
+        code, out, err = said(capfd, "-m", copy, *arguments[2:])
+        assert code == 2 and out == "" and "cannot be dropped from memory" in err
 
 
 def test_streamed_text_is_the_json_text_and_first_llamas(routed, capfd):
@@ -249,6 +256,20 @@ def test_a_long_chat_forgets_its_oldest_turns(routed, capfd, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello there\n" * 5))
     code, _, err = said(capfd, "-m", routed, "--chat", "-n", 10, "-c", 60, "--seed", 1)
     assert code == 0 and len(err.splitlines()) == 5
+    # Room for an answer, not for the one token that happens to be left.
+    for n, room in ((10, 10), (-1, 15), (500, 15)):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("hello there\n" * 5))
+        lengths: list[int] = []
+        with Session(routed, ctx=60) as session:
+            answer = session.answer
+
+            def counted(history, session=session, answer=answer, lengths=lengths, **options):
+                lengths.append(len(session.tokens(history)))
+                return answer(history, **options)
+
+            session.answer = counted  # type: ignore[method-assign]
+            converse(session, n_predict=n, seed=1)
+        assert len(lengths) == 5 and max(lengths) <= 60 - room
 
 
 def test_prompt_from_file_and_stdin(routed, tmp_path, capfd, monkeypatch):

@@ -325,8 +325,8 @@ def bench(
             kinds.append(_Kind("dense", "stock", "stock", "plain"))
         start("dense", native.lib_dir(), model)
         kinds.append(_Kind("dense", "pyfirst", "dense", "plain"))
-        folder = stack.enter_context(bench_files.folder())
         with contextlib.suppress(InputError, OSError):
+            folder = stack.enter_context(bench_files.folder())
             path, missing = _pruned(model, folder, n_layer)
             start("pruned", native.lib_dir(), str(path))
             kinds.append(_Kind("pruned", "pyfirst", "pruned", "plain", missing))
@@ -536,6 +536,7 @@ def command(args: argparse.Namespace) -> None:
         raise InputError("--type and --keep are for the file of --synthetic")
     if args.plot:
         plots.check(args.plot)
+        common.check_output(args.plot, [args.model or ""])
 
     def progress(text: str) -> None:
         if sys.stderr.isatty():
@@ -573,10 +574,10 @@ def command(args: argparse.Namespace) -> None:
     finally:
         if sys.stderr.isatty():
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-    if args.plot:
-        plots.bench(result, args.plot)
     text = table if bandwidth is None else predicted_table
     print(json.dumps(result) if args.json else text(result))
+    if args.plot:
+        plots.bench(result, args.plot)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

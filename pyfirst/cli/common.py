@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pyfirst.errors import InputError
@@ -110,6 +110,17 @@ def temporary_folder(parent: Path, prefix: str, suffix: str = "") -> Iterator[Pa
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_output(path: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]]) -> None:
+    """Raise InputError or OSError for a file that is read too, or cannot be written. What is there stays as it is."""
+    path = Path(path)
+    if path.resolve() in {Path(name).resolve() for name in inputs}:
+        raise InputError(f"{path}: is read, so it cannot be written to as well; name another file")
+    fresh = not path.exists()
+    path.open("a").close()
+    if fresh:
+        path.unlink()
 
 
 def run(

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from pyfirst.cli import common
 from pyfirst.errors import InputError
-from pyfirst.scores import DEFAULT_METRICS, METRICS, need
+from pyfirst.scores import DEFAULT_METRICS, METRICS
 
 # name: (column, digits)
 COLUMNS = {
@@ -141,7 +141,7 @@ def _masks(result: dict[str, Any]) -> list[str]:
         lines.append(f"masks of {system['name']}:")
         lines += [f"  {task} mostly leaves out {skipped or 'nothing'}" for task, skipped in masks["modal"].items()]
         lines += [f"  {pair} differ on {share:.0%} of the layers" for pair, share in masks["differ"].items()]
-        for kind, guess in masks["guess"].items():
+        for kind, guess in (masks["guess"] or {}).items():
             lines.append(
                 f"  task guessed from the nearest {kind} mask: {guess['value']:.1%} right "
                 f"[{guess['low']:.1%}..{guess['high']:.1%}], by chance {masks['chance']:.1%}"
@@ -217,7 +217,9 @@ def _note(result: dict[str, Any]) -> str:
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[int, int, str], None]]:
     """A progress bar on a terminal's stderr, silent elsewhere."""
-    bar = need("tqdm", "first-eval").tqdm(disable=None, file=sys.stderr, unit="answer", leave=False)
+    from tqdm import tqdm
+
+    bar = tqdm(disable=None, file=sys.stderr, unit="answer", leave=False)
 
     def update(done: int, total: int, name: str) -> None:
         bar.total = total
@@ -231,17 +233,11 @@ def _progress() -> Iterator[Callable[[int, int, str], None]]:
 def _check_outputs(args: argparse.Namespace) -> None:
     """Raise InputError or OSError for a file that is read too, or cannot be written. What is there stays as it is."""
     files = [*args.model, *args.data, *(mode.rpartition("=")[0] for mode in args.compare if "=" in mode)]
-    read, written = {Path(name).resolve() for name in files}, set[Path]()
-    for path in map(Path, filter(None, (args.out, args.predictions))):
-        if path.resolve() in read:
-            raise InputError(f"{path}: is read, so it cannot be written to as well; name another file")
-        if path.resolve() in written:
-            raise InputError(f"{path}: --out and --predictions need files of their own")
-        written.add(path.resolve())
-        fresh = not path.exists()
-        path.open("a").close()
-        if fresh:
-            path.unlink()
+    outputs = list(map(Path, filter(None, (args.out, args.predictions))))
+    for path in outputs:
+        common.check_output(path, files)
+    if len({path.resolve() for path in outputs}) < len(outputs):
+        raise InputError(f"{outputs[0]}: --out and --predictions need files of their own")
 
 
 def _open(path: str) -> TextIO:

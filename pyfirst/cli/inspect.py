@@ -171,6 +171,7 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError("--plot needs prompts: see -p and --data")
     if args.plot:
         plots.check(args.plot)
+        common.check_output(args.plot, [args.model, *args.data])
     found = inspect(args.model)
     if (args.prompt or args.data) and not found["problems"]:
         from pyfirst import masks
@@ -184,14 +185,14 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
             threads=args.threads,
         )
         found["masks"] = seen
-        if args.plot:
-            plots.masks(seen, args.plot)
     if args.json:
         print(json.dumps(_numbers(found), indent=2))
     elif "masks" in found:
         masks.show(found["masks"])
     else:
         print(describe(found))
+    if args.plot and "masks" in found:
+        plots.masks(found["masks"], args.plot)
     if found["problems"]:
         more = f" (and {len(found['problems']) - 1} more)" if len(found["problems"]) > 1 else ""
         raise InputError(f"{args.model}: {found['problems'][0]}{more}")

@@ -145,15 +145,16 @@ def run(
     and up to 16 tokens of answer. ``session`` takes the arguments of
     pyfirst.cli.session.Session, the others are those of its answer(). Raises InputError (a ValueError).
     """
+    from pyfirst import memory
     from pyfirst.cli.session import Session
 
+    if mem:
+        memory.check(model)
     with Session(model, **session) as opened:
         asked = [{"role": "user", "content": prompt}] if chat else prompt
         result = opened.answer(asked, n_predict=n_predict, temp=temp, seed=seed, on_text=on_text)
         tokens = opened.tokens(asked)
     if mem:
-        from pyfirst import memory
-
         options = {name: session.get(name) for name in ("threshold", "skip", "skip_layers", "prefill")}
         options["routing"] = not session.get("dense")
         count = min(16, n_predict) if n_predict > 0 else 16
@@ -170,13 +171,14 @@ def _say(text: str) -> None:
     print(f"first-run: {text}", file=sys.stderr, flush=True)
 
 
-def _fit(session: Session, history: list[dict[str, str]]) -> None:
-    """Drop the oldest turns until the chat leaves room for an answer."""
-    while len(history) > 1 and len(session.tokens(history)) >= session.ctx:
+def _fit(session: Session, history: list[dict[str, str]], n_predict: int) -> None:
+    """Drop the oldest turns until the chat leaves room for an answer, or for a quarter of the context."""
+    room = min(session.ctx // 4, n_predict if n_predict > 0 else session.ctx)
+    while len(history) > 1 and len(session.tokens(history)) + max(room, 1) > session.ctx:
         del history[:2]
 
 
-def converse(session: Session, **options: Any) -> None:
+def converse(session: Session, *, n_predict: int = 128, **options: Any) -> None:
     """Answer each line of stdin as the next message of one chat, until it ends. Raises InputError."""
     terminal = sys.stdin.isatty()
     history: list[dict[str, str]] = []
@@ -189,8 +191,8 @@ def converse(session: Session, **options: Any) -> None:
         if not line.strip():
             continue
         history.append({"role": "user", "content": line.strip()})
-        _fit(session, history)
-        result = session.answer(history, on_text=_write, **options)
+        _fit(session, history, n_predict)
+        result = session.answer(history, n_predict=n_predict, on_text=_write, **options)
         _write("\n")
         _say(summary(result))
         history.append({"role": "assistant", "content": result["text"]})
