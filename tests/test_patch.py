@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import subprocess
@@ -375,8 +376,6 @@ def test_flash_attention_sees_only_the_rows_that_keep_the_layer(arch, kv_unified
 
 def rows_computed(path, layer_masks: Sequence[np.ndarray], **kwargs) -> dict[int, int]:
     """Layer -> rows of its feed-forward part in a decode step of sequences with these masks."""
-    import ctypes
-
     import llama_cpp
 
     base = ctypes.CDLL(str(next(native.lib_dir().glob("libggml-base.*"))))
@@ -518,8 +517,6 @@ def test_masks_follow_the_kv(tiny_model):
 
 def saved(model, way: str, folder: Path) -> bytes:
     """The state of sequence 0, or of the whole context, as one of the C API's four functions saves it."""
-    import ctypes
-
     import llama_cpp
 
     ids, file = (ctypes.c_int32 * 1)(), str(folder / "saved").encode()
@@ -541,8 +538,6 @@ def saved(model, way: str, folder: Path) -> bytes:
 
 def restored(model, way: str, folder: Path, raw: bytes) -> bool:
     """Whether the function that belongs to saved() takes the state."""
-    import ctypes
-
     import llama_cpp
 
     ids, count, file = (ctypes.c_int32 * 1)(), ctypes.c_size_t(0), str(folder / "restored").encode()
@@ -655,8 +650,6 @@ def test_a_sequence_that_lost_tokens_is_saved_and_restored(routers, moved, way, 
 
 def test_a_failed_batch_keeps_the_scores_of_tokens_that_stay(routed):
     """A batch of several micro-batches loses the one that fails; what ran before it is still part of the prompt."""
-    import ctypes
-
     import llama_cpp
 
     folder, recipe, path = routed("llama", prefill="full")
@@ -722,6 +715,177 @@ def test_a_copy_of_no_tokens_leaves_the_mask(tiny_model):
         model.feed(PROMPT[:4])
         llama_cpp.llama_memory_seq_cp(model.memory, 0, 1, 100, 200)
         assert model.mask(1).tolist() == [True, False, True, True]
+        model.clear(0)
+        llama_cpp.llama_memory_seq_cp(model.memory, 0, 1, -1, -1)
+        assert model.mask(1).tolist() == [True, False, True, True]
+
+
+def test_a_copy_beside_other_tokens_keeps_what_both_keep(tiny_model):
+    """With one stream; of what one of them skipped there is no KV, so it cannot come back."""
+    import llama_cpp
+
+    with opened(tiny_model("llama")[1], n_seq=3, kv_unified=True) as model:
+        for seq, mask in ((0, [1, 1, 0, 1]), (1, [1, 0, 1, 1])):
+            model.feed(PROMPT[:4], seq=seq)
+            model.set_mask(mask, seq)
+            model.feed(PROMPT[4:8], 4, seq)
+        model.feed(PROMPT[:12], seq=2)  # in all layers
+        llama_cpp.llama_memory_seq_cp(model.memory, 2, 1, 8, -1)
+        assert model.mask(1).tolist() == [True, False, True, True]
+        with pytest.raises(InputError, match="skipped layer 1"):
+            model.set_mask([1, 1, 1, 1], 1)
+        llama_cpp.llama_memory_seq_cp(model.memory, 0, 1, 6, -1)
+        assert model.mask(1).tolist() == [True, False, False, True]
+        # Where nothing is missing, nothing is forbidden.
+        model.clear(0)
+        model.feed(PROMPT[:3])
+        llama_cpp.llama_memory_seq_cp(model.memory, 2, 0, 3, -1)
+        assert model.mask(0) is None
+        model.set_mask([1, 1, 1, 1])
+
+
+def test_a_shift_moves_the_cells_of_others_too(tiny_model):
+    import llama_cpp
+
+    with opened(tiny_model("llama")[1], n_seq=2, kv_unified=True) as model:
+        model.feed(PROMPT[:10])
+        model.set_mask([1, 0, 1, 0])
+        model.feed(PROMPT[10:15], 10)
+        llama_cpp.llama_memory_seq_cp(model.memory, 0, 1, -1, -1)
+        for seq in (0, 1):
+            llama_cpp.llama_memory_seq_rm(model.memory, seq, 0, 6)
+        llama_cpp.llama_memory_seq_add(model.memory, 0, 6, -1, -6)
+        assert llama_cpp.llama_memory_seq_pos_max(model.memory, 1) == 8
+        for seq in (0, 1):
+            with pytest.raises(InputError, match="skipped layer 1"):
+                model.set_mask([1, 1, 1, 1], seq)
+            with pytest.raises(InputError):
+                native.set_mask(model.ctx, None, seq)
+
+
+@pytest.mark.parametrize("nothing", ["add", "divide"])
+def test_a_shift_by_nothing_changes_nothing(nothing, tiny_model):
+    import llama_cpp
+
+    with opened(tiny_model("llama")[1]) as model:
+        model.feed(PROMPT)
+        model.set_mask([1, 0, 1, 0])
+        if nothing == "add":
+            llama_cpp.llama_memory_seq_add(model.memory, 0, 0, -1, 0)
+        else:
+            llama_cpp.llama_memory_seq_div(model.memory, 0, 0, -1, 1)
+        native.set_mask(model.ctx, None)
+
+
+def test_routing_that_is_switched_off_leaves_no_half_read_prompt(routed):
+    import llama_cpp
+
+    with opened(routed("llama", prefill="full")[2], n_seq=2, kv_unified=True) as model:
+        batch = llama_cpp.llama_batch_init(3, 0, 2)
+        batch.n_tokens = 3
+        for i in range(3):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = PROMPT[i], i, 2, 1
+            batch.seq_id[i][0], batch.seq_id[i][1] = 0, 1
+        native.set_routing(model.ctx, True)
+        assert llama_cpp.llama_decode(model.ctx, batch) == -1  # each would decide for itself
+        native.set_routing(model.ctx, False)
+        assert llama_cpp.llama_decode(model.ctx, batch) == 0
+        llama_cpp.llama_batch_free(batch)
+        model.clear()
+        native.set_routing(model.ctx, True)
+        native.begin(model.ctx)
+        model.feed(PROMPT[:5])
+        native.set_routing(model.ctx, False)
+        model.feed(PROMPT[5:10], 5)
+        native.set_routing(model.ctx, True)
+        model.feed(PROMPT[10:12], 10)
+        assert model.mask() is None
+        with pytest.raises(InputError):
+            native.commit(model.ctx)  # the routers have read five of the twelve tokens
+
+
+def test_what_was_removed_before_the_decision_does_not_count(routed):
+    import llama_cpp
+
+    folder, recipe, path = routed("llama", prefill="full")
+    with opened(path) as model:
+        native.set_routing(model.ctx, True)
+        native.begin(model.ctx)
+        model.feed(PROMPT)
+        llama_cpp.llama_memory_seq_rm(model.memory, 0, 8, -1)
+        native.commit(model.ctx)
+        np.testing.assert_allclose(model.scores(), tiny.decide(tiny.load(folder), recipe, PROMPT[:8])[1], atol=1e-4)
+        model.clear()
+        native.begin(model.ctx)
+        model.feed(PROMPT)
+        model.clear(0)
+        with pytest.raises(InputError):
+            native.commit(model.ctx)
+
+
+def test_after_a_shift_scores_are_not_taken_for_those_of_other_tokens(routed):
+    """Two tokens removed and two others computed: as many as were scored, but not the same."""
+    import llama_cpp
+
+    with opened(routed("llama", prefill="full")[2]) as model:
+        native.set_routing(model.ctx, True)
+        native.set_threshold(model.ctx, 0.0)
+        model.feed(PROMPT[:10])
+        assert model.mask().all()
+        llama_cpp.llama_memory_seq_rm(model.memory, 0, 1, 3)
+        llama_cpp.llama_memory_seq_add(model.memory, 0, 3, -1, -2)
+        model.feed(PROMPT[10:12], 8)
+        with pytest.raises(InputError):
+            native.begin(model.ctx)
+
+
+@pytest.mark.parametrize("kv_unified", [False, True])
+def test_a_state_of_a_sequence_that_cannot_be_is_refused(kv_unified, tiny_model):
+    """With streams the cache ends the process where it is asked for one."""
+    import llama_cpp
+
+    with opened(tiny_model("llama")[1], n_seq=2, kv_unified=kv_unified) as model:
+        model.set_mask([1, 0, 1, 1])
+        model.feed(PROMPT)
+        raw = saved(model, "data", Path())
+        at = raw.rindex(b"FRST") + 16
+        for seq in (2, 255, 256, 2**32 - 1):
+            assert not restored(model, "data", Path(), raw[:at] + seq.to_bytes(4, "little") + raw[at + 4 :])
+            assert llama_cpp.llama_memory_seq_pos_max(model.memory, 0) == -1 and model.mask() is None
+        assert restored(model, "data", Path(), raw)
+        mask_at = at + 24
+        assert raw[mask_at : mask_at + 4] == bytes([1, 0, 1, 1])
+        assert restored(model, "data", Path(), raw[:mask_at] + bytes([7, 0, 1, 255]) + raw[mask_at + 4 :])
+        keep = (ctypes.c_uint8 * 4)()
+        assert native.lib.llama_first_get_mask(model.ctx, 0, keep, 4) == 4 and list(keep) == [1, 0, 1, 1]
+
+
+def test_a_state_without_routers_that_is_cut_in_its_masks_is_refused(tiny_model):
+    import llama_cpp
+
+    path = tiny_model("llama")[1]
+    with opened(path) as model, opened(path) as other:
+        model.set_mask([1, 0, 1, 1])
+        model.feed(PROMPT)
+        raw = saved(model, "seq_data", Path())
+        for cut in range(raw.rindex(b"FRST") + 4, len(raw)):
+            assert not restored(other, "seq_data", Path(), raw[:cut])
+            assert llama_cpp.llama_memory_seq_pos_max(other.memory, 0) == -1, cut
+
+
+def test_scores_that_are_no_numbers_skip_nothing(tiny_model, tmp_path):
+    from first_convert.convert import convert
+
+    folder, path = tiny_model("llama")
+    weight = np.full((4, tiny.WIDTH), 3e38, np.float32)
+    weight[:, ::2] *= -1
+    recipe = tiny.recipe(tmp_path / "r", folder, weight=weight, bias=np.zeros(4, np.float32))
+    convert(None, base_gguf=path, first=recipe, outfile=tmp_path / "m.gguf")
+    with opened(tmp_path / "m.gguf") as model:
+        native.set_routing(model.ctx, True)
+        model.feed(PROMPT)
+        scores = model.scores()
+        assert np.isnan(scores).any() and model.mask()[np.isnan(scores)].all()
 
 
 def test_the_vocabulary_alone_loads(routed):
@@ -813,6 +977,28 @@ def test_unsupported_architecture_is_refused_by_name(tmp_path):
         with pytest.raises(InputError, match="routing is not supported for 'mamba'"):
             native_model.set_mask([1, 0])
         assert (native_model.feed(PROMPT) == before).all()
+
+
+def test_inputs_of_layers_are_not_read_where_layers_are_skipped(tiny_model):
+    """Draft models read them, through upstream's internal API; here all would be the last layer's."""
+    library = ctypes.CDLL(str(next(native.lib_dir().glob("libllama.*"))))
+    tap = library["_Z30llama_set_embeddings_layer_inpP13llama_contextjb"]
+    tap.argtypes = [ctypes.c_void_p, ctypes.c_uint32, ctypes.c_bool]
+    with opened(tiny_model("llama")[1]) as model:
+        before = model.feed(PROMPT)
+        model.clear()
+        tap(model.ctx, 1, True)
+        with pytest.raises(InputError, match="routing is not supported for 'llama': the inputs of its layers are read"):
+            model.set_mask([1, 0, 1, 1])
+        assert (model.feed(PROMPT) == before).all()
+        model.clear()
+        tap(model.ctx, 1, False)
+        model.set_mask([1, 0, 1, 1])
+        skipped = model.feed(PROMPT)
+        assert not (skipped == before).all()
+        tap(model.ctx, 1, True)
+        with pytest.raises(RuntimeError):
+            model.feed([5], len(PROMPT))
 
 
 STOCK = Path(os.environ.get("PYFIRST_STOCK_LIB", Path(sys.prefix) / "stock" / "llama_cpp" / "lib"))
