@@ -250,7 +250,7 @@ class FirstLlama(llama_cpp.Llama):
         return super().tokenize(text, add_bos, special)
 
     def detokenize(self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False) -> bytes:
-        """Bytes of token ids, as the parent gives them, which loses tokens of more than 32 bytes.
+        """Bytes of token ids; the parent's method loses tokens of more than 32 bytes.
 
         Raises InputError for a file without a vocabulary, and for ids that it lacks.
         """
