@@ -79,9 +79,10 @@ def prepare(directory: Path) -> Path:
     patches = series()
     wanted = fingerprint(patches)
     tree = directory / "llama.cpp"
-    if (tree / STAMP).is_file() and (tree / STAMP).read_text() == wanted:
+    found = (tree / STAMP).read_text() if (tree / STAMP).is_file() else None
+    if found == wanted:
         return tree
-    if tree.exists() and ((tree / ".git").exists() or not (tree / STAMP).is_file()):
+    if tree.exists() and (found is None or (tree / ".git").exists()):
         sys.exit(f"error: {tree}: not as this script leaves it, or under git, so it is not replaced; move it away")
     archive = download(directory)
     with tempfile.TemporaryDirectory(dir=directory) as scratch, tarfile.open(archive) as tar:

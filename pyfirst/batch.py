@@ -292,8 +292,7 @@ class FirstBatch:
     def text(self, tokens: Sequence[int]) -> str:
         """The text of tokens, without control tokens and what is not UTF-8. Raises InputError for unknown ids."""
         self._check_open()
-        native.check_tokens(self._model.vocab, tokens, "the text")
-        return b"".join(native.token_bytes(self._model.vocab, token) for token in tokens).decode("utf-8", "ignore")
+        return native.text_bytes(self._model.vocab, tokens).decode("utf-8", "ignore")
 
     def answer_start(self, prompt: str | Sequence[int], logprobs: int | None) -> int:
         """Characters of a prompt, where its log-probabilities begin; 0 where none are asked for and none will look."""

@@ -255,10 +255,10 @@ class FirstLlama(llama_cpp.Llama):
         Raises InputError for a file without a vocabulary, and for ids that it lacks.
         """
         self._check_vocab()
-        native.check_tokens(self._model.vocab, tokens, "the text")
         if not isinstance(self.tokenizer_, llama_cpp.LlamaTokenizer):
+            native.check_tokens(self._model.vocab, tokens, "the text")
             return super().detokenize(tokens, prev_tokens, special)
-        text = b"".join(native.token_bytes(self._model.vocab, token, special) for token in tokens)
+        text = native.text_bytes(self._model.vocab, tokens, special)
         # Tokenizers with BOS put a space before the first word.
         return text[1:] if text[:1] == b" " and tokens[0] == self.token_bos() else text
 

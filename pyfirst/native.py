@@ -12,7 +12,7 @@ import importlib.metadata
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +173,12 @@ def token_bytes(vocab: Any, token: int, special: bool = False) -> bytes:
         if n >= 0:
             return buffer.raw[:n]
         size = -n
+
+
+def text_bytes(vocab: Any, tokens: Sequence[int], special: bool = False) -> bytes:
+    """The bytes of a text. Raises InputError for a token id that the vocabulary lacks."""
+    check_tokens(vocab, tokens, "the text")
+    return b"".join(token_bytes(vocab, token, special) for token in tokens)
 
 
 def _check(status: int, what: str) -> int:

@@ -136,40 +136,42 @@ def test_a_shared_prefix_is_read_once(masked, kv_unified, files, computed):
         assert sum(computed) <= 4 * 6 + 20 + 5 * 8
 
 
-def test_in_skip_a_prefix_is_shared_where_the_mask_is_the_same(files, tiny_model, tmp_path, computed):
-    """The prompt itself obeys the mask, so the same tokens must have decided."""
+@pytest.fixture(scope="module")
+def windowed(tiny_model, tmp_path_factory):
+    """A file whose first 24 tokens decide, for the rest of the prompt too."""
     from first_convert.convert import convert
 
+    root = tmp_path_factory.mktemp("windowed")
     folder, base = tiny_model("llama")
-    recipe = tiny.recipe(tmp_path / "r", folder, seed=3, prefill="skip", window=24)
-    convert(None, base_gguf=base, first=recipe, outfile=tmp_path / "m.gguf")
+    recipe = tiny.recipe(root / "r", folder, seed=3, prefill="skip", window=24)
+    convert(None, base_gguf=base, first=recipe, outfile=root / "m.gguf")
+    return root / "m.gguf"
+
+
+def test_in_skip_a_prefix_is_shared_where_the_mask_is_the_same(windowed, computed):
+    """The prompt itself obeys the mask, so the same tokens must have decided."""
     prefix = tiny.prompt(40, 5)
     prompts = [prefix + tiny.prompt(6, seed=10 + i) for i in range(3)]
     prompts += [prefix[:20] + tiny.prompt(26, seed=50), prefix + tiny.prompt(6, seed=10)]
     for masks in (None, [[1, 0, 1, 1], [1, 0, 1, 1], [1, 1, 0, 1], None, [1, 1, 0, 1]]):
         forced = masks or [None] * 5
-        alone = [solo(tmp_path / "m.gguf", p, 8, m) for p, m in zip(prompts, forced, strict=True)]
+        alone = [solo(windowed, p, 8, m) for p, m in zip(prompts, forced, strict=True)]
         computed.clear()
-        with FirstBatch(tmp_path / "m.gguf", n_parallel=3, **F32) as batch:
+        with FirstBatch(windowed, n_parallel=3, **F32) as batch:
             assert answers(batch.generate(prompts, max_tokens=8, masks=masks, temperature=0.0)) == alone
         assert sum(computed) < 5 * (46 + 8) - 2 * 30
 
 
-def test_in_skip_a_mask_is_reported_that_came_with_a_prefix_still_being_read(tiny_model, tmp_path):
+def test_in_skip_a_mask_is_reported_that_came_with_a_prefix_still_being_read(windowed):
     """The decision falls long before a prompt of many batches has been read, and stays when it is cancelled."""
-    from first_convert.convert import convert
-
-    folder, base = tiny_model("llama")
-    recipe = tiny.recipe(tmp_path / "r", folder, seed=3, prefill="skip", window=24)
-    convert(None, base_gguf=base, first=recipe, outfile=tmp_path / "m.gguf")
     prefix = tiny.prompt(64, 5)
     long, short = prefix + tiny.prompt(150, 6), prefix + tiny.prompt(20, 7)
-    alone = [solo(tmp_path / "m.gguf", p, 4) for p in (long, short)]
+    alone = [solo(windowed, p, 4) for p in (long, short)]
     assert alone[0][1]["skipped"]
-    with FirstBatch(tmp_path / "m.gguf", n_parallel=3, n_batch=24, **F32) as batch:
+    with FirstBatch(windowed, n_parallel=3, n_batch=24, **F32) as batch:
         assert answers(batch.generate([long, short], max_tokens=4, temperature=0.0)) == alone
     for steps in range(1, 6):
-        with FirstBatch(tmp_path / "m.gguf", n_parallel=3, n_batch=24, **F32) as batch:
+        with FirstBatch(windowed, n_parallel=3, n_batch=24, **F32) as batch:
             handle = batch.submit(Request(long, temperature=0.0))
             for _ in range(steps):
                 assert batch.step() == []
