@@ -6,9 +6,10 @@
 
 All variants take turns, a few steps each; a figure is the median over the turns of the ratio to dense in the same turn.
 dense: the same sequences, nothing skipped. mixed: one batch. split: one llama_decode per sequence. adverse: each layer
-is kept by all sequences but one. ideal: dense with the time of the layers multiplied by the share that is kept; what is
-not layers is what a step without any takes. --clock cpu counts the time of one thread, for machines that do other
-things too; with wall all threads count.
+is kept by all sequences but one. fewer: so many sequences fewer, nothing skipped; where every layer is kept by somebody
+its weights are read, and the rows are all that masks can save. ideal: dense with the time of the layers multiplied by
+the share that is kept; what is not layers is what a step without any takes. --clock cpu counts the time of one thread,
+for machines that do other things too; with wall all threads count.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ TITLES = {
     "mixed": "mixed",
     "ideal": "ideal",
     "of_ideal": "of ideal",
+    "fewer": "fewer",
     "split": "split",
     "adverse": "adverse",
 }
@@ -80,6 +82,7 @@ def measure(path: Path, n_seq: int, args: argparse.Namespace, n_layer: int) -> d
         "mixed": mixed,
         "split": mixed,
         "adverse": adverse,
+        "fewer": np.ones((max(1, round(n_seq * mixed.mean())), n_layer), bool),
         "none": np.zeros((n_seq, n_layer), bool),
     }
     clock = time.thread_time if args.clock == "cpu" else time.perf_counter
@@ -102,7 +105,7 @@ def measure(path: Path, n_seq: int, args: argparse.Namespace, n_layer: int) -> d
         "sequences": n_seq,
         "kept": round(float(kept), 4),
         "dense_tokens_per_second": round(n_seq / statistics.median(turn["dense"] for turn in turns), 2),
-        **{name: round(ratio[name], 3) for name in ("mixed", "ideal", "split", "adverse")},
+        **{name: round(ratio[name], 3) for name in ("mixed", "ideal", "split", "adverse", "fewer")},
         "of_ideal": round(statistics.median(turn["ideal"] / turn["mixed"] for turn in turns), 3),
     }
 
