@@ -23,16 +23,17 @@ def types(path):
     return {t.name: t.tensor_type.name for t in gguf().GGUFReader(path).tensors}
 
 
-def imatrix(path, source):
-    """An importance matrix in llama-imatrix's format, for every 2-dimensional tensor."""
+def imatrix(path, source, prefix="", value=None, count=100, counts=1, rows=1, dtype=np.float32):
+    """An importance matrix in llama-imatrix's format, for every 2-dimensional tensor; random without ``value``."""
     writer = gguf().GGUFWriter(path, arch="imatrix")
     writer.add_type("imatrix")
     generator = np.random.default_rng(0)
     for tensor in gguf().GGUFReader(source).tensors:
         if len(tensor.shape) == 2:
-            columns = int(tensor.shape[0])
-            writer.add_tensor(f"{tensor.name}.in_sum2", generator.random((1, columns), dtype=np.float32) * 100)
-            writer.add_tensor(f"{tensor.name}.counts", np.full((1, 1), 100, dtype=np.float32))
+            sums = generator.random((rows, int(tensor.shape[0])), dtype=np.float32) * 100
+            sums = sums if value is None else np.full_like(sums, value)
+            writer.add_tensor(f"{prefix}{tensor.name}.in_sum2", sums.astype(dtype))
+            writer.add_tensor(f"{prefix}{tensor.name}.counts", np.full((counts, 1), count, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -64,6 +65,32 @@ def test_imatrix_changes_the_result(wide, tmp_path):
 def test_file_without_a_matrix_is_refused(wide):
     with pytest.raises(InputError, match="no importance matrix"):
         quantize.load_imatrix(wide)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"prefix": "x."}, r"0 of its 16 tensors \('x\."),
+        ({"value": -1}, "holds a negative value"),
+        ({"value": np.nan}, "NaN or infinity"),
+        ({"dtype": np.float16}, "is f16, expected f32"),
+        ({"counts": 7}, "not a multiple of its 7 counts"),
+        ({"rows": 2}, "imatrix size 512 is different from tensor size 256"),  # llama.cpp's own words
+    ],
+)
+def test_a_matrix_that_does_not_fit_is_named(options, words, wide, tmp_path):
+    path = imatrix(tmp_path / "im.gguf", wide, **options)
+    with pytest.raises(InputError, match=words) as caught:
+        quantize.quantize(wide, tmp_path / "q.gguf", "q4_0", imatrix=path)
+    assert str(path) in str(caught.value) and "needs --imatrix" not in str(caught.value)
+
+
+def test_what_no_token_reached_is_kept(wide, tmp_path):
+    """Counts of zero, as of an expert that was never chosen, weigh all values alike."""
+    for name, options in (("never", {"value": 0, "count": 0}), ("alike", {"value": 5, "count": 5})):
+        matrix = imatrix(tmp_path / "im.gguf", wide, **options)
+        quantize.quantize(wide, tmp_path / f"{name}.gguf", "q4_0", imatrix=matrix)
+    assert (tmp_path / "never.gguf").read_bytes() == (tmp_path / "alike.gguf").read_bytes()
 
 
 def test_types_are_all_that_llama_cpp_has():

@@ -73,16 +73,28 @@ def load_imatrix(path: str | Path) -> dict[str, Any]:
     """Importance matrix of llama-imatrix (GGUF): tensor name -> float32 mean squares. Raises InputError."""
     import numpy as np
 
-    source = open_gguf(path)
-    tensors = {t.name: np.memmap(path, np.float32, "r", t.start, (t.elements,)) for t in source.tensors}
+    tensors = {tensor.name: tensor for tensor in open_gguf(path).tensors}
     result = {}
-    for name, sums in tensors.items():
+    for name in tensors:
         if name.endswith(".in_sum2"):
-            counts = tensors.get(name.removesuffix(".in_sum2") + ".counts")
-            if counts is None:
+            owner = name.removesuffix(".in_sum2")
+            if (of_counts := f"{owner}.counts") not in tensors:
                 raise InputError(f"{path}: '{name}' has no counts beside it")
-            mean = sums.reshape(counts.size, -1) / np.maximum(counts.reshape(-1, 1), 1)
-            result[name.removesuffix(".in_sum2")] = np.ascontiguousarray(mean.ravel(), dtype=np.float32)
+            for tensor in (tensors[name], tensors[of_counts]):
+                if tensor.kind != "F32":
+                    raise InputError(f"{path}: '{tensor.name}' is {tensor.kind.lower()}, expected f32")
+            sums, counts = (
+                np.memmap(path, np.float32, "r", tensor.start, (tensor.elements,))
+                for tensor in (tensors[name], tensors[of_counts])
+            )
+            if sums.size % (count := counts.size):
+                raise InputError(f"{path}: '{name}' holds {sums.size} values, not a multiple of its {count} counts")
+            column = counts.reshape(-1, 1)
+            # Experts that no token reached weigh all values alike, as for llama-quantize; zeros would erase them.
+            mean = np.where(column > 0, sums.reshape(count, -1) / np.maximum(column, 1), 1)
+            if not (np.isfinite(mean) & (mean >= 0)).all():
+                raise InputError(f"{path}: '{name}' holds a negative value, NaN or infinity; make the file again")
+            result[owner] = np.ascontiguousarray(mean.ravel(), dtype=np.float32)
     if not result:
         raise InputError(f"{path}: no importance matrix in the file; make one with llama-imatrix")
     return result
@@ -134,7 +146,13 @@ def quantize(
     params.max_buf_size = 256 << 20
     keep: list[Any] = []
     if imatrix is not None:
-        array, keep = _structures(load_imatrix(imatrix))
+        matrix = load_imatrix(imatrix)
+        if not matrix.keys() & sizes.keys():
+            raise InputError(
+                f"{imatrix}: 0 of its {len(matrix)} tensors ('{next(iter(matrix))}', ...) are in this model; "
+                "make one of this model with llama-imatrix"
+            )
+        array, keep = _structures(matrix)
         params.imatrix = ctypes.cast(array, type(params.imatrix))
     try:
         status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(params))
@@ -147,7 +165,7 @@ def quantize(
         reasons = re.findall(r"failed to quantize: (.*)", text)
         reason = reasons[-1].strip() if reasons else f"llama_model_quantize returned {status}"
         if "imatrix" in reason or "importance matrix" in reason:
-            reason += f"; {kind} needs --imatrix"
+            reason += f"; {kind} needs --imatrix" if imatrix is None else f" ({imatrix})"
         elif "validation failed" in reason:
             reason += f"; '{current[-1]}' has values too large for it, use bf16 or f32"
         elif "iostream" in reason:
