@@ -133,7 +133,7 @@ class Header:
 
 
 def _check_numbers(header: Header, path: str | os.PathLike[str]) -> None:
-    """Raise InputError where a key that every reader relies on is of another type, or the number of layers absurd."""
+    """Raise InputError where a key that every reader relies on is of another type, or ends llama.cpp by its value."""
     if (kind := header.kind("general.architecture")) not in (None, "str"):
         raise InputError(f"{path}: the key 'general.architecture' is {kind}, expected str")
     architecture = header.get("general.architecture", "")
@@ -144,6 +144,10 @@ def _check_numbers(header: Header, path: str | os.PathLike[str]) -> None:
             raise InputError(f"{path}: the key '{name}' is {header.kind(name)}, expected a whole number")
     if not 1 <= (layers := header.get(names[0], 1)) <= _MOST_LAYERS:
         raise InputError(f"{path}: the key '{names[0]}' is {layers}, expected 1 to {_MOST_LAYERS}")
+    for norm in ("layer_norm", "layer_norm_rms", "group_norm"):
+        epsilon = header.get(name := f"{architecture}.attention.{norm}_epsilon", 0.0)
+        if isinstance(epsilon, float) and not epsilon >= 0:
+            raise InputError(f"{path}: the key '{name}' is {epsilon:g}, expected 0 or more")
 
 
 @contextlib.contextmanager

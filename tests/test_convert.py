@@ -490,6 +490,13 @@ def test_unknown_architecture_is_named(tiny_model, tmp_path, capsys):
     assert "NobodyForCausalLM is not supported" in refused(capsys, tmp_path / "out.gguf", model)
 
 
+def test_a_number_that_ends_llama_cpp_is_refused(tiny_model, tmp_path, capsys):
+    model = copy_of(tiny_model("llama")[0], tmp_path / "hf")
+    edit_json(model / "config.json", rms_norm_eps=-1.5)
+    text = refused(capsys, tmp_path / "out.gguf", model, "--outtype", "f32")
+    assert f"{model}: the key 'llama.attention.layer_norm_rms_epsilon' is -1.5" in text
+
+
 def test_missing_parts_of_a_checkpoint_are_named(tiny_model, tmp_path, capsys):
     out = tmp_path / "out.gguf"
     model = copy_of(tiny_model("llama")[0], tmp_path / "hf")

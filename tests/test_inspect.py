@@ -240,6 +240,8 @@ def test_what_does_not_add_up_is_named(name, form, made, tmp_path, capsys):
         (Entry("split.count", "FLOAT32", 2.0), "is f32, expected a whole number"),
         (Entry("general.base_model.count", "STRING", "1"), "is str, expected a whole number"),
         (Entry(key.PREFILL, "UINT32", 1), "is u32, expected str"),
+        (Entry("llama.attention.layer_norm_rms_epsilon", "FLOAT32", -1.5), "is -1.5, expected 0 or more"),
+        (Entry("llama.attention.layer_norm_rms_epsilon", "FLOAT32", float("nan")), "is nan, expected 0 or more"),
     ],
     ids=lambda value: value.name if isinstance(value, Entry) else value,
 )
@@ -255,8 +257,9 @@ def test_a_key_of_another_type_is_one_line_from_every_reader(entry, words, made,
         assert command(options) == 2
         err = capfd.readouterr().err
         assert len(err.splitlines()) == 1 and str(path) in err and entry.name in err and words in err
-    with pytest.raises(InputError, match=entry.name):
-        FirstLlama(path)
+    for open_it in (FirstLlama, FirstBatch):
+        with pytest.raises(InputError, match=entry.name):
+            open_it(path)
 
 
 @pytest.mark.parametrize("threshold", [-0.5, 1.5])

@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 from first_convert import convert, pack, quantize
+from first_convert.ggufio import Entry
 from first_convert.upstream import gguf
 from pyfirst import metadata as key
 from pyfirst.errors import InputError
@@ -85,6 +86,34 @@ def test_broken_files_are_named(packed, tmp_path):
         with pytest.raises(InputError, match=broken.name):
             convert.convert(base_gguf=broken, first=recipe, outfile=tmp_path / "out.gguf")
         assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (Entry("general.alignment", "UINT32", 0), "alignment 0"),
+        (Entry("general.alignment", "STRING", "32"), "must be of type u32 but is str"),
+        (Entry("split.count", "ARRAY", [2], "UINT32"), "is u32[], expected a whole number"),
+        (Entry("general.tags", "STRING", "abc"), "is str, expected str[]"),
+        (Entry("general.tags", "ARRAY", [5], "UINT32"), "is u32[], expected str[]"),
+        (Entry("general.name", "STRING", "twice"), "duplicate key"),
+        (Entry("llama.attention.layer_norm_rms_epsilon", "FLOAT32", -1.5), "is -1.5"),
+        (Entry(key.LORA_MERGED, "STRING", "no"), "is str, expected bool; --strip"),
+        (Entry(key.SOURCE_NAMES, "UINT32", 1), "is u32, expected str[]; --strip"),
+    ],
+)
+def test_odd_keys_of_a_base_are_named(entry, words, packed, tmp_path):
+    _, path, recipe = packed
+    twice, odd = words == "duplicate key", tmp_path / "odd.gguf"
+    pack.rewrite(pack.open_gguf(path), odd, [entry], lambda name: twice or name != entry.name)
+    out = tmp_path / "out.gguf"
+    for dry_run in (True, False):
+        with pytest.raises(InputError) as caught:
+            convert.convert(base_gguf=odd, first=recipe, outfile=out, dry_run=dry_run)
+        assert words in str(caught.value) and str(odd) in str(caught.value) and not out.exists()
+    if entry.name.startswith("first."):
+        convert.convert(strip=odd, outfile=out)
+        assert not any(name.startswith("first.") for name in fields(out))
 
 
 def test_routers_of_the_size_of_a_7b_model(tiny_model, tmp_path):

@@ -292,11 +292,13 @@ def convert(
             },
             folder,
         )
+        try:
+            converted = pack.open_gguf(stage)
+        except InputError as error:  # what config.json says went into the keys
+            raise InputError(str(error).replace(str(stage), str(checkpoint.path))) from None
         if recipe is not None:
-            pack.check_shape(pack.open_gguf(stage), checkpoint.path, recipe)
-        if (answer["lora"] or {}).get("untied") and not any(
-            tensor.name == "output.weight" for tensor in pack.open_gguf(stage).tensors
-        ):
+            pack.check_shape(converted, checkpoint.path, recipe)
+        if (answer["lora"] or {}).get("untied") and not any(t.name == "output.weight" for t in converted.tensors):
             raise InputError(
                 f"{adapter}: the LoRA makes the tied output matrix differ from the embeddings, but for this "
                 "architecture llama.cpp's converter writes no output.weight"
@@ -359,7 +361,7 @@ def _from_gguf(
     started: float,
 ) -> dict[str, Any]:
     """--base-gguf (with a recipe) and --strip (without)."""
-    reader = pack.open_gguf(source)
+    reader = pack.open_base(source, replace=recipe is not None)
     if recipe is not None:
         pack.check_lora(recipe)
         pack.check_shape(reader, source, recipe)

@@ -80,9 +80,24 @@ def describe(metadata: Any, recipe: Recipe | None, base_model: str, cards: Seque
 
 def open_gguf(path: str | Path) -> Gguf:
     """One whole, unsplit GGUF. Raises InputError naming the fault."""
-    source = Gguf(path)
+    from pyfirst.info import opened
+
+    with opened(path):  # llama.cpp's own reader refuses what Gguf does not look for, a key that is there twice
+        source = Gguf(path)
     check_whole(source, path)
     return source
+
+
+def open_base(path: str | Path, *, replace: bool) -> Gguf:
+    """A GGUF whose routers are to ``replace``, or to remove. Raises InputError, also for keys of another type."""
+    from pyfirst.info import mistyped, opened
+
+    with opened(path) as header:
+        if replace and (wrong := mistyped(header)):
+            raise InputError(f"{path}: {wrong[0]}; --strip removes all first.* keys")
+        if (kind := header.kind("general.tags")) not in (None, "str[]"):
+            raise InputError(f"{path}: general.tags is {kind}, expected str[]")
+    return open_gguf(path)
 
 
 def check_lora(recipe: Recipe) -> None:
@@ -128,7 +143,7 @@ def pack(
     ``directory``, ``name``, ``date``: where the recipe is, what it is called and when this is, for provenance.
     """
     check_lora(recipe)
-    source = open_gguf(base)
+    source = open_base(base, replace=True)
     check_shape(source, base, recipe)
     merged = bool(source.get(key.LORA_MERGED))  # tensors stay, so a LoRA that is in them does too
     found = _history(source) + provenance.sources("base", [source.path])
@@ -142,7 +157,7 @@ def pack(
 
 def strip(base: str | Path, out: str | Path) -> dict[str, Any]:
     """Copy ``base`` to ``out`` without routers, tensors as they are. Raises InputError if there are none."""
-    source = open_gguf(base)
+    source = open_base(base, replace=False)
     if not any(name.startswith("first.") for name in source.keys):
         raise InputError(f"{base}: holds no FiRST routers, so there is nothing to remove")
     rewrite(source, out, _tags(source, False), _plain)
