@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,24 @@ ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a UTF-8 file. Raises InputError naming the file."""
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key '{twice}' is there twice; remove one")
+    return found
+
+
+def read_json(path: Path, *, once: bool = False) -> dict[str, Any]:
+    """A JSON object from a UTF-8 file. Raises InputError naming the file, with ``once`` for a key that is there twice.
+
+    Files of others keep the last value of such a key, as for transformers.
+    """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once if once else None)
     except FileNotFoundError:
         raise InputError(f"{path}: not found") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(data, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(data).__name__}")
@@ -77,7 +89,11 @@ class FirstConfig:
         def integer(value: object) -> bool:
             return isinstance(value, int) and not isinstance(value, bool)
 
-        check(self.version == FORMAT_VERSION, "version", f"{FORMAT_VERSION} (made by a newer pyfirst?)")
+        def share(value: object) -> bool:
+            return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+
+        supported = integer(self.version) and self.version == FORMAT_VERSION
+        check(supported, "version", f"{FORMAT_VERSION} (made by a newer pyfirst?)")
         check(integer(self.block_count) and self.block_count > 0, "block_count", "a positive integer")
         check(
             integer(self.embedding_length) and self.embedding_length > 0,
@@ -87,17 +103,19 @@ class FirstConfig:
         check(self.router_norm in NORMS, "router_norm", f"one of {', '.join(NORMS)}")
         check(self.prefill in PREFILL_MODES, "prefill", f"one of {', '.join(PREFILL_MODES)}")
         check(integer(self.window) and 0 < self.window < 2**32, "window", "a positive number of tokens")
+        check(share(self.threshold), "threshold", "a number from 0 to 1")
         check(
-            isinstance(self.threshold, (int, float)) and math.isfinite(self.threshold) and 0 <= self.threshold <= 1,
-            "threshold",
-            "a number from 0 to 1",
-        )
-        check(
-            isinstance(self.protected, list) and all(integer(i) and 0 <= i < self.block_count for i in self.protected),
+            isinstance(self.protected, list)
+            and all(integer(i) and 0 <= i < self.block_count for i in self.protected)
+            and len(set(self.protected)) == len(self.protected),
             "protected",
-            f"a list of layer indices from 0 to {self.block_count - 1}",
+            f"a list of layer indices from 0 to {self.block_count - 1}, each once",
         )
-        check(isinstance(self.base_model, str), "base_model", "a name")
+        check(
+            isinstance(self.base_model, str) and not re.search("[\ud800-\udfff]", self.base_model),
+            "base_model",
+            "a name, without half of a UTF-16 pair",
+        )
         check(
             isinstance(self.training, dict) and isinstance(self.training.get("options", {}), dict),
             "training",
@@ -109,9 +127,7 @@ class FirstConfig:
             and isinstance(calibration.get("threshold"), list)
             and isinstance(calibration.get("kept"), list)
             and len(calibration["threshold"]) == len(calibration["kept"])
-            and all(
-                isinstance(x, (int, float)) and 0 <= x <= 1 for x in (*calibration["threshold"], *calibration["kept"])
-            ),
+            and all(map(share, (*calibration["threshold"], *calibration["kept"]))),
             "calibration",
             "two lists 'threshold' and 'kept' of equal length, of numbers from 0 to 1",
         )
@@ -119,7 +135,7 @@ class FirstConfig:
     @classmethod
     def load(cls, path: str | Path) -> FirstConfig:
         """Read and validate ``first_config.json``. Raises InputError."""
-        data = read_json(Path(path))
+        data = read_json(Path(path), once=True)
         for key in ("version", "block_count", "embedding_length"):
             if key not in data:
                 raise InputError(f"{path}: required key '{key}' is missing")
@@ -168,6 +184,8 @@ def load_recipe(directory: str | Path) -> Recipe:
         tensors = load(path.read_bytes())
     except SafetensorError as error:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from None
+    except KeyError as error:  # a type that numpy does not have
+        raise InputError(f"{path}: holds a tensor that is {str(error.args[0]).lower()}, expected float32") from None
     expected = {
         "router.weight": (config.block_count, config.embedding_length),
         "router.bias": (config.block_count,),

@@ -412,6 +412,8 @@ def test_broken_routers(tiny_model, tmp_path, capsys):
         "infinity": {**good, "router.bias": torch.full((4,), float("inf"))},
         "[3, 64]": {**good, "router.weight": good["router.weight"][:3].clone()},
         "unexpected": {**good, "router.extra": torch.zeros(1)},
+        "is bf16, expected float32": {name: tensor.bfloat16() for name, tensor in good.items()},
+        "is f8_e4m3, expected float32": {name: tensor.to(torch.float8_e4m3fn) for name, tensor in good.items()},
     }
     for word, tensors in bad.items():
         save_file(tensors, path)
@@ -430,14 +432,40 @@ def test_broken_routers(tiny_model, tmp_path, capsys):
         ("window", 2**40),
         ("calibration", {"threshold": [0.5], "kept": [1e300]}),
         ("calibration", {"threshold": [10**400], "kept": [0.5]}),
+        ("calibration", {"threshold": [True], "kept": [0.5]}),
         ("training", {"options": 5}),
+        ("threshold", True),
+        ("threshold", 10**400),
+        ("version", True),
+        ("version", 1.0),
+        ("protected", [0, 0]),
+        ("base_model", "\ud800"),
     ],
 )
 def test_a_damaged_recipe_is_one_line(name, value, tiny_model, tmp_path, capsys):
     model, _ = tiny_model("llama")
     recipe = tiny.recipe(tmp_path / "recipe", model)
     edit_json(recipe / "first_config.json", **{name: value})
-    assert f"'{name}' is" in refused(capsys, tmp_path / "out.gguf", model, "--first", recipe)
+    text = refused(capsys, tmp_path / "out.gguf", model, "--first", recipe)
+    assert f"first_config.json: '{name}' is" in text
+
+
+@pytest.mark.parametrize(
+    ("added", "words"),
+    [
+        ('"training": ' + "[" * 200_000, "recursion"),
+        ('"window": ' + "9" * 5000, "digits"),
+        ('"threshold": 0.25, "threshold": 0.75', "'threshold' is there twice"),
+        ('"training": {"steps": 1, "steps": 1}', "'steps' is there twice"),
+    ],
+    ids=["deep", "long", "twice", "twice inside"],
+)
+def test_a_recipe_that_json_cannot_tell_is_named(added, words, tiny_model, tmp_path, capsys):
+    model, _ = tiny_model("llama")
+    path = tiny.recipe(tmp_path / "recipe", model) / "first_config.json"
+    path.write_text(f'{{"version": 1, "block_count": 4, "embedding_length": 64, {added}}}')
+    text = refused(capsys, tmp_path / "out.gguf", model, "--first", path.parent)
+    assert f"{path}: not valid JSON" in text and words in text
 
 
 def test_wrong_arguments(tiny_model, tmp_path, capsys):
