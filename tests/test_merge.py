@@ -102,6 +102,23 @@ def test_merged_file_equals_unmerged_peft(name, tiny_model, tmp_path):
     assert np.abs(got - gguf_logits(base, ids)).max() > 0.01  # the adapter does something
 
 
+@pytest.mark.parametrize("name", [name for name in LORA if name.startswith("tied: ")])
+def test_tied_model_whose_files_repeat_the_head(name, tiny_model, tmp_path):
+    arch, config = LORA[name]
+    model = tmp_path / "hf"
+    shutil.copytree(tiny_model(arch)[0], model)
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**settings, "tie_word_embeddings": True}))
+    tensors = load_file(model / "model.safetensors")
+    embedding = next(key for key in tensors if key.endswith(("embed_tokens.weight", "wte.weight")))
+    tensors["lm_head.weight"] = tensors[embedding].clone()
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    adapter = tiny.adapter(model, tmp_path / "adapter", **config)
+    convert(model, tmp_path / "out.gguf", lora=adapter, drop=[Checkpoint(model).tied_copy()])
+    ids = tiny.prompt()
+    assert np.abs(gguf_logits(tmp_path / "out.gguf", ids) - peft_logits(model, adapter, ids)).max() < 1e-4
+
+
 def test_the_language_model_of_a_multimodal_parent(tmp_path):
     """Its tensors have one name in memory, another in the file, and a third in upstream's converter."""
     model = tiny.multimodal(tmp_path / "hf")

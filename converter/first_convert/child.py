@@ -6,6 +6,7 @@ A job of worker.py, so that its memory goes when it ends.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import shutil
@@ -91,6 +92,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     Returns {"lora": counts or None, "pre_tokenizer": name found by its rules or None, "probes": list or None}.
     """
     checkpoint = Checkpoint(job["model"])
+    for name in job["drop"]:
+        checkpoint.tensors.pop(name, None)
     recipe = load_recipe(job["recipe"]) if job["recipe"] else None
     # A second core reads and hashes while this one imports and plans, and tokenizes while it writes.
     second = ThreadPoolExecutor(1)
@@ -110,6 +113,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         lib, lazy = base.gguf, base.LazyTorchTensor
         index, load = base.ModelBase.index_tensors, base.ModelBase.load_hparams
         metadata = base.ModelBase.prepare_metadata
+        local, part = lib.utility.LocalTensor, lib.utility.LocalTensorRange
 
         def read(name: str) -> torch.Tensor:
             tensor = checkpoint.tensors[name]
@@ -117,9 +121,13 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
             return torch.from_numpy(raw).view(lazy._dtype_str_map[tensor.dtype]).reshape(tensor.shape)
 
         def index_tensors(self: Any, *args: Any, **kwargs: Any) -> Any:
-            tensors = index(self, *args, **kwargs)
-            for name in job["drop"]:
-                tensors.pop(name, None)
+            if not checkpoint.tensors:
+                return index(self, *args, **kwargs)
+            tensors: dict[str, Any] = {}
+            for name, tensor in checkpoint.tensors.items():  # upstream itself would read every file it finds
+                data = local(tensor.dtype, tuple(tensor.shape), part(tensor.path, tensor.start, tensor.size))
+                if kept := self.filter_tensors((name, functools.partial(lazy.from_local_tensor, data))):
+                    tensors.update([kept])
             for stored, (shape, compute) in (plan.modules if plan else {}).items():
                 text_only = stored.replace("language_model.", "")  # upstream's name, of a multimodal parent
                 name = text_only if text_only in tensors else stored
