@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 
 import pytest
 import tiny
@@ -23,6 +24,37 @@ def test_header_is_that_of_safetensors(tiny_model):
             truth = file.get_tensor(name)
             assert tensor.shape == list(truth.shape) and tensor.read() == truth.tobytes()
             assert tensor.count == truth.size
+
+
+OTHER = '"b": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}'
+
+
+@pytest.mark.parametrize(
+    "header, word",
+    [
+        (OTHER.replace("[8, 16]", "[0, 8]"), "'b' begins at byte"),
+        (OTHER.replace("[8, 16]", "[4, 12]"), "'b' begins at byte"),
+        (OTHER.replace("[8, 16]", "[8.0, 16.0]"), "'b'"),
+        (OTHER.replace("[8, 16]", "[true, 9]"), "'b'"),
+        (OTHER.replace("[2]", "[-1, -2]"), "'b'"),
+        (OTHER.replace("F32", "X9"), "'b' is of type X9"),
+        (OTHER.replace('"b"', '"a"'), "'a' is there twice"),
+        ('"b": ' + "[" * 100000, "not a readable safetensors file"),
+    ],
+)
+def test_damaged_headers_are_refused(header, word, tmp_path):
+    path = tmp_path / "x.safetensors"
+
+    def write(last):
+        text = '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, ' + last + "}"
+        path.write_bytes(struct.pack("<Q", len(text)) + text.encode() + bytes(16))
+
+    write(OTHER)
+    assert list(safetensors_header(path)) == ["a", "b"]
+    write(header)
+    with pytest.raises(InputError) as error:
+        safetensors_header(path)
+    assert str(path) in str(error.value) and word in str(error.value)
 
 
 def test_shape_of_every_architecture(tiny_model):

@@ -607,6 +607,47 @@ def test_incomplete_shards_are_named(sharded, tmp_path, capsys):
     assert index.name in refused(capsys, out, sharded)
 
 
+@pytest.mark.parametrize("stray", ["model_backup", "model2", "model-00001-of-00002", "model.fp16"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_other_weights_in_the_folder_are_not_the_model(lora, stray, sharded, tiny_model, tmp_path):
+    """transformers reads model.safetensors, whatever index, shards or copies lie beside it."""
+    whole = tiny_model("llama")[0] / "model.safetensors"
+    adapter = tiny.adapter(tiny_model("llama")[0], tmp_path / "lora", target_modules=["q_proj"]) if lora else None
+    other = {key: tensor + 1 for key, tensor in load_file(whole).items()}
+    for path in sharded.glob("model-*.safetensors"):
+        save_file({key: other[key] for key in load_file(path)}, path, {"format": "pt"})
+    save_file(other, sharded / f"{stray}.safetensors", {"format": "pt"})
+    shutil.copy(whole, sharded / "model.safetensors")
+    for name, model in (("right", tiny_model("llama")[0]), ("got", sharded)):
+        convert.convert(model, lora=adapter, outfile=tmp_path / f"{name}.gguf", outtype="f32")
+    assert contents(tmp_path / "got.gguf")[1] == contents(tmp_path / "right.gguf")[1]
+
+
+def test_a_tensor_in_two_shards_or_in_none_by_the_index_is_refused(sharded, tmp_path, capsys):
+    first, second = sorted(sharded.glob("model-*.safetensors"))[:2]
+    index, good = sharded / "model.safetensors.index.json", load_file(second)
+    save_file({**good, "ghost": torch.ones(2)}, second, {"format": "pt"})
+    text = refused(capsys, tmp_path / "out.gguf", sharded)
+    assert "ghost" in text and second.name in text and index.name in text
+    name, tensor = next(iter(load_file(first).items()))
+    save_file({**good, name: tensor + 1}, second, {"format": "pt"})
+    for _ in range(2):
+        text = refused(capsys, tmp_path / "out.gguf", sharded)
+        assert name in text and first.name in text and second.name in text
+        index.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("stray", ["pytorch_model_backup.bin", "pytorch_model-00001-of-00002.bin"])
+def test_other_torch_weights_in_the_folder_are_refused(stray, tiny_model, tmp_path, capsys):
+    model = copy_of(tiny_model("llama")[0], tmp_path / "hf")
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    torch.save(tensors, model / "pytorch_model.bin")
+    torch.save(tensors, model / stray)
+    text = refused(capsys, tmp_path / "out.gguf", model)
+    assert stray in text and "pytorch_model.bin" in text
+
+
 # Tied heads.
 
 

@@ -8,11 +8,17 @@ import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pyfirst.errors import InputError
 from pyfirst.recipe import ADAPTER_CONFIG_NAME, CONFIG_NAME, read_json
 
-BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
+}
 _TOKENIZER = re.compile(r"tok|vocab|merges|spiece|sentencepiece|tekken", re.IGNORECASE)
 # Heads and embeddings by the names that transformers' models use.
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
@@ -46,33 +52,49 @@ def is_tokenizer(name: str) -> bool:
     return name.startswith("chat_template") or _TOKENIZER.search(name) is not None
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are all different."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"'{next(name for name in names if names.count(name) > 1)}' is there twice")
+    return found
+
+
 def safetensors_header(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file by name, its length checked. Raises InputError naming the file."""
+    """Tensors of a safetensors file by name, which fill it without overlaps. Raises InputError naming the file."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, 100 << 20):
                 raise InputError(f"{path}: cut short or not a safetensors file ({size} bytes)")
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_unique)
         header.pop("__metadata__", None)
         tensors = {}
         for name, entry in header.items():
-            first, last = entry["data_offsets"]
-            tensor = Tensor(entry["dtype"], entry["shape"], path, 8 + length + first, last - first)
-            wide = BYTES.get(tensor.dtype)
-            if first < 0 or (wide is not None and tensor.size != wide * tensor.count):
-                raise InputError(f"{path}: '{name}' is {tensor.size} bytes, not {tensor.dtype} {tensor.shape}")
+            dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            if not all(type(number) is int and number >= 0 for number in (first, last, *shape)):
+                raise ValueError(f"'{name}' has shape {shape} and offsets {[first, last]}")
+            tensor = Tensor(dtype, shape, path, 8 + length + first, last - first)
+            if dtype not in BYTES:
+                raise InputError(f"{path}: '{name}' is of type {dtype}, expected one of {', '.join(BYTES)}")
+            if tensor.size != BYTES[dtype] * tensor.count:
+                raise InputError(f"{path}: '{name}' is {tensor.size} bytes, not {dtype} {shape}")
             tensors[name] = tensor
     except FileNotFoundError:
         raise InputError(f"{path}: not found, the checkpoint is not complete; download it again") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: not a readable safetensors file ({error})") from None
-    expected = max((t.start + t.size for t in tensors.values()), default=8 + length)
-    if size != expected:
-        raise InputError(f"{path}: {size} bytes, expected {expected}; the download is not complete")
+    end = 8 + length
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].size)):
+        if tensor.start != end:
+            raise InputError(f"{path}: '{name}' begins at byte {tensor.start}, expected {end}; download the file again")
+        end += tensor.size
+    if size != end:
+        raise InputError(f"{path}: {size} bytes, expected {end}; the download is not complete")
     return tensors
 
 
@@ -104,32 +126,52 @@ class Checkpoint:
         self.tensors = self._index()
 
     def _index(self) -> dict[str, Tensor]:
-        index_path = self.path / "model.safetensors.index.json"
-        if index_path.is_file():
-            weight_map = read_json(index_path).get("weight_map")
-            weight_map = weight_map if isinstance(weight_map, dict) else {}
+        # In transformers' order: what else lies in the folder is not this model.
+        whole, index_path = self.path / "model.safetensors", self.path / "model.safetensors.index.json"
+        weight_map: dict[str, str] = {}
+        if whole.is_file():
+            files = [whole]
+        elif index_path.is_file():
+            found = read_json(index_path).get("weight_map")
+            weight_map = found if isinstance(found, dict) else {}
             names = list(weight_map.values())
             if not names or not all(isinstance(name, str) for name in names):
                 raise InputError(f"{index_path}: no 'weight_map' of file names; download the checkpoint again")
-            shards = {name: safetensors_header(self.path / name) for name in sorted(set(names))}
-            for tensor, shard in weight_map.items():
-                if tensor not in shards[shard]:
-                    raise InputError(f"{self.path / shard}: lacks '{tensor}', which {index_path.name} lists")
-            return {name: tensor for shard in shards.values() for name, tensor in shard.items()}
-        files = sorted(p for p in self.path.glob("model*.safetensors"))
+            files = [self.path / name for name in sorted(set(names))]
+        else:
+            files = self._shards("model", "safetensors")
+        tensors: dict[str, Tensor] = {}
         for file in files:
-            part = re.fullmatch(r"model-\d+-of-(\d+)\.safetensors", file.name)
-            if part and int(part[1]) != len(files):
-                raise InputError(f"{self.path}: {len(files)} of {int(part[1])} shards found, download again")
+            for name, tensor in safetensors_header(file).items():
+                if name in tensors:
+                    raise InputError(f"{file}: '{name}' is in {tensors[name].path.name} too; one of them is stale")
+                if weight_map and self.path / weight_map.get(name, "") != file:
+                    raise InputError(f"{file}: '{name}' is not what {index_path.name} lists there; download them again")
+                tensors[name] = tensor
+        for name, shard in weight_map.items():
+            if name not in tensors:
+                raise InputError(f"{self.path / shard}: lacks '{name}', which {index_path.name} lists")
         if files:
-            return {name: tensor for file in files for name, tensor in safetensors_header(file).items()}
-        binaries = sorted(self.path.glob("pytorch_model*.bin"))
-        for file in binaries:
-            if not zipfile.is_zipfile(file):
-                raise InputError(f"{file}: cut short or not a PyTorch checkpoint; download it again")
+            return tensors
+        binaries = [self.path / "pytorch_model.bin"]
+        binaries = binaries if binaries[0].is_file() else self._shards("pytorch_model", "bin")
         if not binaries:
             raise InputError(f"{self.path}: no weights (model.safetensors, pytorch_model.bin) in the folder")
+        for file in sorted(self.path.glob("pytorch_model*.bin")):
+            if file not in binaries:  # llama.cpp's converter reads them all
+                raise InputError(f"{file}: lies beside {binaries[0].name}; move away what is not the model's")
+            if not zipfile.is_zipfile(file):
+                raise InputError(f"{file}: cut short or not a PyTorch checkpoint; download it again")
         return {}
+
+    def _shards(self, stem: str, suffix: str) -> list[Path]:
+        """The files "stem-1-of-N.suffix", none or all N. Raises InputError."""
+        pattern = re.compile(rf"{stem}-\d+-of-(\d+)\.{suffix}")
+        found = {path: match for path in self.path.iterdir() if (match := pattern.fullmatch(path.name))}
+        for match in found.values():
+            if int(match[1]) != len(found):
+                raise InputError(f"{self.path}: {len(found)} of {int(match[1])} shards found, download again")
+        return sorted(found)
 
     def number(self, *keys: str) -> int:
         """The first of ``keys`` in the (text) configuration. Raises InputError when none is there."""
