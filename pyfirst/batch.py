@@ -232,6 +232,8 @@ class FirstBatch:
         self.step_seconds: float | None = None
         self._tokens_per_second = 0.0  # of the latest step that read prompts
         self._lock = threading.RLock()
+        # Keeps the model alive, for what need not wait for a step; taken after _lock where both are.
+        self._alive = threading.RLock()
         self._slots: list[_Slot | None] = [None] * n_parallel
         self._held: list[_Slot | None] = [None] * n_parallel  # whose prompt's keys and values a sequence holds
         self._waiting: deque[tuple[int, Request]] = deque()
@@ -242,18 +244,19 @@ class FirstBatch:
 
     def close(self) -> None:
         """Free the context and the model; using the object afterwards raises RuntimeError."""
-        with self._lock:
-            if self._ctx.ctx is not None:
-                llama_cpp.llama_batch_free(self._batch)
-                for slot in self._slots:
-                    if slot is not None:
-                        slot.sampler.close()
+        with self._lock, self._alive:
+            if isinstance(self._ctx, native.Closed):
+                return
+            for seq in range(self.n_parallel):
+                self._release(seq)
+            llama_cpp.llama_batch_free(self._batch)
             self._ctx.close()
             self._model.close()
+            closed: Any = native.Closed("this FirstBatch is closed")
+            self._ctx = self._model = closed
 
     def _check_open(self) -> None:
-        if self._ctx.ctx is None:
-            raise RuntimeError("this FirstBatch is closed")
+        _ = self._ctx.ctx
 
     def __enter__(self) -> FirstBatch:
         return self
@@ -271,17 +274,19 @@ class FirstBatch:
 
         Raises InputError for what is not Unicode, and for a text so long that no sequence holds it, before it is read.
         """
-        self._check_open()
         try:
             raw = text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise InputError(
                 f"the prompt is not Unicode text: character {error.start} is half a surrogate pair"
             ) from None
-        if len(raw) > 16 * self.n_ctx and len(raw) >= self._longest_token * self.n_ctx:
-            least = len(raw) // self._longest_token
-            raise InputError(f"the prompt has {least} tokens or more, a sequence holds {self.n_ctx} with the answer")
-        return self._model.tokenize(raw, add_bos and self._model.add_bos_token(), True)
+        with self._alive:
+            if len(raw) > 16 * self.n_ctx and len(raw) >= self._longest_token * self.n_ctx:
+                least = len(raw) // self._longest_token
+                raise InputError(
+                    f"the prompt has {least} tokens or more, a sequence holds {self.n_ctx} with the answer"
+                )
+            return self._model.tokenize(raw, add_bos and self._model.add_bos_token(), True)
 
     @cached_property
     def _longest_token(self) -> int:
@@ -291,8 +296,8 @@ class FirstBatch:
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of tokens, without control tokens and what is not UTF-8. Raises InputError for unknown ids."""
-        self._check_open()
-        return native.text_bytes(self._model.vocab, tokens).decode("utf-8", "ignore")
+        with self._alive:
+            return native.text_bytes(self._model.vocab, tokens).decode("utf-8", "ignore")
 
     def answer_start(self, prompt: str | Sequence[int], logprobs: int | None) -> int:
         """Characters of a prompt, where its log-probabilities begin; 0 where none are asked for and none will look."""
@@ -302,11 +307,13 @@ class FirstBatch:
 
     def threshold_for(self, skip: float) -> float:
         """The threshold that skips this share of layers on average, from 0 to 1. Raises InputError."""
-        return pick_threshold(self._model.model, self.model_path, self.metadata, None, skip)
+        with self._alive:
+            return pick_threshold(self._model.model, self.model_path, self.metadata, None, skip)
 
     def check(self, request: Request) -> None:
         """Raise InputError, with the numbers, if a request cannot be served."""
-        self._check_open()
+        with self._alive:
+            native.check_tokens(self._model.vocab, request.tokens, "the prompt")
         n = len(request.tokens)
         if n == 0:
             raise InputError("the prompt is empty: at least one token must decide")
@@ -323,7 +330,6 @@ class FirstBatch:
             raise InputError(f"logprobs is {request.logprobs}, expected 0 or more")
         if request.seed is not None and not 0 <= request.seed < 2**32 - 1:
             raise InputError(f"seed is {request.seed}, expected 0 to {2**32 - 2}")
-        native.check_tokens(self._model.vocab, request.tokens, "the prompt")
         if request.mask is not None:
             request.mask = np.asarray(request.mask)
             if request.mask.shape != (self.n_layer,):
@@ -373,7 +379,7 @@ class FirstBatch:
     def _release(self, seq: int) -> None:
         """Free a sequence; what its prompt left stays until another prompt needs the place."""
         slot = self._slots[seq]
-        if slot is None or self._ctx.ctx is None:
+        if slot is None:
             return
         slot.sampler.close()
         self._slots[seq] = None

@@ -235,36 +235,39 @@ class FirstLlama(llama_cpp.Llama):
         if hasattr(self, "_stack"):  # or the constructor refused its arguments
             with self._lock:
                 super().close()
+                closed: Any = native.Closed("this FirstLlama is closed")
+                self._ctx = self._model = closed
 
     def _check_open(self) -> None:
-        if self._ctx.ctx is None:
-            raise RuntimeError("this FirstLlama is closed")
+        _ = self._ctx.ctx
 
     def _check_vocab(self) -> None:
-        self._check_open()
         native.check_vocab(self._model.vocab, self.model_path)
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         """Token ids of UTF-8 bytes, as the parent gives them. Raises InputError for a file without a vocabulary."""
-        self._check_vocab()
-        return super().tokenize(text, add_bos, special)
+        with self._lock:
+            self._check_vocab()
+            return super().tokenize(text, add_bos, special)
 
     def detokenize(self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False) -> bytes:
         """Bytes of token ids; the parent's method loses tokens of more than 32 bytes.
 
         Raises InputError for a file without a vocabulary, and for ids that it lacks.
         """
-        self._check_vocab()
-        if not isinstance(self.tokenizer_, llama_cpp.LlamaTokenizer):
-            native.check_tokens(self._model.vocab, tokens, "the text")
-            return super().detokenize(tokens, prev_tokens, special)
-        text = native.text_bytes(self._model.vocab, tokens, special)
-        # Tokenizers with BOS put a space before the first word.
-        return text[1:] if text[:1] == b" " and tokens[0] == self.token_bos() else text
+        with self._lock:
+            self._check_vocab()
+            if not isinstance(self.tokenizer_, llama_cpp.LlamaTokenizer):
+                native.check_tokens(self._model.vocab, tokens, "the text")
+                return super().detokenize(tokens, prev_tokens, special)
+            text = native.text_bytes(self._model.vocab, tokens, special)
+            # Tokenizers with BOS put a space before the first word.
+            return text[1:] if text[:1] == b" " and tokens[0] == self.token_bos() else text
 
     def is_eog(self, token: int) -> bool:
         """Whether a token ends the answer."""
-        return bool(llama_cpp.llama_vocab_is_eog(self._model.vocab, token))
+        with self._lock:
+            return bool(llama_cpp.llama_vocab_is_eog(self._model.vocab, token))
 
     def logits_of(self, position: int) -> np.ndarray:
         """Logits, float32 [n_vocab], that follow the token at ``position``; valid until the next step.
@@ -304,8 +307,9 @@ class FirstLlama(llama_cpp.Llama):
 
     @threshold.setter
     def threshold(self, value: float) -> None:
-        native.set_threshold(self.ctx, value)
-        self._threshold = float(value)
+        with self._lock:
+            native.set_threshold(self.ctx, value)
+            self._threshold = float(value)
 
     @contextlib.contextmanager
     def forcing(self, mask: Sequence[bool] | np.ndarray | None) -> Iterator[None]:
@@ -419,8 +423,8 @@ class FirstLlama(llama_cpp.Llama):
             raise InputError("the prompt is empty: at least one token must decide")
         if len(tokens) > self._n_cells:
             raise InputError(f"the prompt has {len(tokens)} tokens, the context holds {self._n_cells}")
-        native.check_tokens(self._model.vocab, tokens, "the prompt")
         with self._lock:
+            native.check_tokens(self._model.vocab, tokens, "the prompt")
             self._turn += 1
             turn = self._turn
             if reset:
@@ -654,4 +658,5 @@ class FirstLlama(llama_cpp.Llama):
 
     def calibration(self) -> tuple[np.ndarray, np.ndarray]:
         """(threshold, mean share of layers kept), float32 [n] each, as measured after training; empty if unknown."""
-        return native.calibration(self.model)
+        with self._lock:
+            return native.calibration(self.model)

@@ -144,6 +144,16 @@ def explained(model_path: str) -> Iterator[None]:
             raise InputError(f"{model_path}: {reason}") from error
 
 
+class Closed:
+    """Takes the place of a freed model or context: any use of it raises RuntimeError, with ``reason``."""
+
+    def __init__(self, reason: str):
+        self._reason = reason
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(self.__dict__["_reason"])
+
+
 def check_vocab(vocab: Any, model_path: str) -> None:
     """Raise InputError for a file without a vocabulary: llama.cpp would end the process at the first text."""
     import llama_cpp

@@ -6,8 +6,9 @@ import itertools
 import os
 import subprocess
 import sys
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 
 import numpy as np
 import psutil
@@ -403,6 +404,54 @@ def test_abandoned_streams_and_cancelled_requests_free_their_places(files):
         stream.close()
         assert batch.n_active == 0 and batch.n_waiting == 0
         assert texts(batch.generate(prompts, max_tokens=6, temperature=0.0)) == expected
+
+
+def test_closing_says_so_to_streams_and_later_calls(files):
+    batch = FirstBatch(files["full"][2], n_parallel=1, **F32)
+    stream = batch.generate([tiny.prompt(9, 1), tiny.prompt(9, 2)], max_tokens=99, temperature=0.0, stream=True)
+    next(stream)
+    batch.close()
+    batch.close()
+    for call in (
+        lambda: list(stream),
+        lambda: batch.step(),
+        lambda: batch.submit(Request([5])),
+        lambda: batch.tokenize("x"),
+        lambda: batch.text([5]),
+        lambda: batch.threshold_for(0.5),
+        lambda: batch.vocab,
+    ):
+        with pytest.raises(RuntimeError, match="this FirstBatch is closed"):
+            call()
+
+
+@pytest.mark.parametrize(("kind", "text"), [(FirstBatch, "x"), (FirstLlama, b"x")])
+def test_closing_waits_for_a_thread_that_tokenizes(kind, text, files):
+    model, entered, go_on = kind(files["full"][2], n_ctx=64, **F32), threading.Event(), threading.Event()
+
+    def slow(*args, **kwargs):
+        entered.set()
+        go_on.wait(30)
+        return [int(model._model.model is not None)]
+
+    model._model.tokenize = slow
+    with ThreadPoolExecutor(2) as pool:
+        tokens = pool.submit(model.tokenize, text)
+        assert entered.wait(30)
+        closing = pool.submit(model.close)
+        try:
+            with pytest.raises(TimeoutError):
+                closing.result(0.2)
+        finally:
+            go_on.set()
+        assert tokens.result(30) == [1]
+        closing.result(30)
+
+
+def test_tokenizing_does_not_wait_for_a_step(files):
+    batch = FirstBatch(files["full"][2], n_parallel=1, **F32)
+    with ThreadPoolExecutor(1) as pool, batch._lock:  # as a step holds it
+        assert pool.submit(batch.tokenize, "the").result(30) == batch.tokenize("the")
 
 
 def test_context_end_is_length(files):

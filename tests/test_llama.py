@@ -642,6 +642,16 @@ def test_closing_frees_and_says_so(files):
         lambda: next(llm.generate([5])),
         lambda: llm.save_state(),
         lambda: list(stream),
+        lambda: llm.calibration(),
+        lambda: setattr(llm, "threshold", 0.5),
+        lambda: llm.is_eog(2),
+        lambda: llm.logits_of(llm.n_tokens - 1),
+        lambda: llm.sample(),
+        lambda: llm.embed("x"),
+        lambda: llm.n_ctx(),
+        lambda: llm.n_embd(),
+        lambda: llm.pooling_type(),
+        lambda: llm.tokenizer().encode("x"),
     ):
         with pytest.raises(RuntimeError, match="closed"):
             call()
