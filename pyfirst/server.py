@@ -110,6 +110,7 @@ class _Job:
 
     Attributes:
         index: place among the choices of the answer, which share ``updates``.
+        begun: a part of the answer was streamed, so its role is known.
     """
 
     request: Request
@@ -119,6 +120,7 @@ class _Job:
     handle: int = -1
     routing: Routing | None = None
     n_generated: int = 0
+    begun: bool = False
     cancelled: bool = False
 
     def put(self, item: Update | BaseException) -> None:
@@ -439,9 +441,11 @@ def create_app(engine: Engine) -> FastAPI:
             assert job.routing is not None
             return {"first": job.routing.report()}
 
-        def choice(job: _Job, text: str, scored: list[TokenLogprob], reason: str | None, delta: bool) -> dict[str, Any]:
+        def choice(job: _Job, text: str, scored: list[TokenLogprob], reason: str | None) -> dict[str, Any]:
             if starts is None:
-                content: dict[str, Any] = {"delta" if delta else "message": {"role": "assistant", "content": text}}
+                # Clients join what the deltas hold, the role too.
+                role = {} if job.begun else {"role": "assistant"}
+                content: dict[str, Any] = {"delta" if body.stream else "message": {**role, "content": text}}
                 logprobs = chat_logprobs(scored)
             else:
                 content = {"text": text}
@@ -452,7 +456,7 @@ def create_app(engine: Engine) -> FastAPI:
 
         if not body.stream:
             found = await whole(http, jobs)
-            choices = [choice(job, *values, False) for job, values in zip(jobs, found, strict=True)]
+            choices = [choice(job, *values) for job, values in zip(jobs, found, strict=True)]
             first = {} if several else report(jobs[0])
             return JSONResponse({**base, "object": kind, "choices": choices, "usage": usage(jobs, body.n), **first})
 
@@ -462,9 +466,10 @@ def create_app(engine: Engine) -> FastAPI:
                     chunk = {
                         **base,
                         "object": kind + (".chunk" if chat else ""),
-                        "choices": [choice(job, update.text, update.logprobs, update.finish_reason, True)],
+                        "choices": [choice(job, update.text, update.logprobs, update.finish_reason)],
                         **({} if several else report(job)),
                     }
+                    job.begun = True
                     yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
                     await asyncio.sleep(0)  # lets the loop notice a client that has hung up
                 if body.stream_options.include_usage:

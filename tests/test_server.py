@@ -123,6 +123,12 @@ def test_chat_streams_what_it_answers(client):
     assert text == whole.choices[0].message.content
     assert chunks[-1].usage == whole.usage
     assert chunks[0].model_extra["first"] == whole.model_extra["first"]
+    arguments = {"model": "any", "messages": messages, "max_tokens": 8, "temperature": 1, "seed": 3}
+    with client.chat.completions.stream(n=2, **arguments) as stream:  # openai's own way to join the deltas
+        joined = stream.until_done().current_completion_snapshot
+    several = client.chat.completions.create(n=2, **arguments)
+    for ours, theirs in zip(joined.choices, several.choices, strict=True):
+        assert (ours.message.role, ours.message.content) == ("assistant", theirs.message.content)
 
 
 @pytest.mark.parametrize("ids", [False, True], ids=["texts", "token ids"])
