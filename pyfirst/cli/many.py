@@ -60,15 +60,15 @@ def read_line(raw: bytes) -> dict[str, Any]:
 
 def _resume(out: Path, digests: list[str], model: str) -> int:
     """Lines of ``out`` that are complete answers to the first lines of the input; a torn end is cut off."""
-    if not out.exists():
+    if not out.is_file():  # a device or a pipe holds no answers
         return 0
     done = size = 0
     with out.open("rb+") as file:
         for line in file:
             if done >= len(digests) or not _answers(line, done + 1, digests[done], model):
                 raise InputError(
-                    f"{out}: line {done + 1} does not answer line {done + 1} of this file with this {model}; "
-                    "give another -o"
+                    f"{out}: line {done + 1} does not answer line {done + 1} of this file with this {model} and "
+                    "these options; give another -o"
                 )
             if line.endswith(b"\n"):
                 done, size = done + 1, size + len(line)
@@ -143,7 +143,7 @@ def run_many(
     first: {threshold, skip, dense, mask}. A line that cannot be answered gives {"error": ...}; the others go on.
 
     Args:
-        out: append here and skip what is there already; None: stdout.
+        out: append here and skip what is there already, if it was made with the same options; None: stdout.
         seed: line i is sampled with seed + i; None draws one for each line, which its answer names.
         Others: as in pyfirst.cli.run.run().
 
@@ -173,8 +173,9 @@ def run_many(
                 verbose=verbose,
             )
         )
-        model_id = fingerprint(model).encode()
-        digests = [hashlib.sha256(model_id + row).hexdigest()[:16] for row in rows]
+        decisive = [chat, n_predict, temp, seed, dense, threshold, skip, skip_layers, prefill, ctx]
+        source = (fingerprint(model) + json.dumps(decisive)).encode()
+        digests = [hashlib.sha256(source + row).hexdigest()[:16] for row in rows]
         resumed = done = _resume(out, digests, name) if out is not None else 0
         progress = _Progress(len(rows), done)
         forced = None
