@@ -38,6 +38,20 @@ MAX_STOPS = 64
 MAX_BODY = 8 * 2**20
 # Characters that take long enough to tokenize that other clients must be served meanwhile.
 LONG_TEXT = 2_000
+# Fields of the OpenAI API that we lack, with the values that ask for nothing: clients send them.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "echo": (False,),
+    "best_of": (1,),
+    "suffix": ("",),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (False, True),
+    "store": (False,),
+    "metadata": ({},),
+    "service_tier": ("auto", "default"),
+}
 
 
 class _Body(BaseModel):
@@ -53,8 +67,11 @@ class _Body(BaseModel):
     def _known(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        given = {name: value for name, value in data.items() if value is not None}
-        for name in given:
+        given = {n: value for n, value in data.items() if value is not None and value not in NEUTRAL.get(n, ())}
+        for name, value in given.items():
+            if name in NEUTRAL:
+                only = " or ".join(map(json.dumps, NEUTRAL[name]))
+                raise ValueError(f"{name} {reprlib.repr(value)} is not supported (only {only})")
             if name not in cls.model_fields:
                 raise ValueError(f"unknown field {reprlib.repr(name)} (known: {', '.join(cls.model_fields)})")
         return given
@@ -325,7 +342,7 @@ def create_app(engine: Engine) -> FastAPI:
     app.add_middleware(_Limited)
     batch = engine.batch
     name = Path(batch.model_path).stem
-    started = int(time.time())
+    about = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "local"}
     try:
         template: ChatTemplate | None = ChatTemplate(batch.model_path, batch.metadata, batch.vocab)
         template_error = ""
@@ -342,7 +359,10 @@ def create_app(engine: Engine) -> FastAPI:
         return error_body(400, str(error))
 
     @app.exception_handler(RequestValidationError)
-    async def wrong_body(_: HttpRequest, error: RequestValidationError) -> Response:
+    async def wrong_body(http: HttpRequest, error: RequestValidationError) -> Response:
+        if isinstance(error.body, bytes):  # not even parsed
+            found = http.headers.get("content-type")
+            return error_body(400, f"Content-Type is {reprlib.repr(found)}, expected application/json")
         first = error.errors()[0]
         where, what = ".".join(str(x) for x in first["loc"]), first["msg"].removeprefix("Value error, ")
         if first["type"] == "json_invalid":
@@ -504,9 +524,15 @@ def create_app(engine: Engine) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": name, "object": "model", "created": started, "owned_by": "local"}]}
+        return {"object": "list", "data": [about]}
 
-    @app.get("/health")
+    @app.get("/v1/models/{wanted}")
+    async def model(wanted: str) -> dict[str, Any]:
+        if wanted != name:
+            raise HTTPException(404, f"no model {reprlib.repr(wanted)} here, only '{name}'")
+        return about
+
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         if not engine.thread.is_alive():
             return JSONResponse({"status": "error"}, 503)

@@ -103,7 +103,9 @@ def test_completion_equals_a_solo_run(client, model):
         assert answer.choices[0].finish_reason == truth["choices"][0]["finish_reason"]
         assert answer.model_extra["first"] == truth["first"]
         assert answer.usage.completion_tokens == truth["usage"]["completion_tokens"]
-    assert [m.id for m in client.models.list().data] == ["served"]
+    assert client.models.list().data == [client.models.retrieve("served")]
+    with pytest.raises(openai.NotFoundError, match="no model 'other' here, only 'served'"):
+        client.models.retrieve("other")
 
 
 def test_chat_streams_what_it_answers(client):
@@ -346,6 +348,31 @@ def test_bad_requests_are_400_and_the_server_goes_on(server, client, model):
     assert httpx.post(f"{url}/v1/completions", json={**good, **nulls}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("field", "neutral", "other"),
+    [
+        ("echo", [False], True),
+        ("best_of", [1], 2),
+        ("suffix", ["", None], "x"),
+        ("logit_bias", [{}], {"5": 1}),
+        ("response_format", [{"type": "text"}], {"type": "json_object"}),
+        ("tools", [[]], [{"type": "function"}]),
+        ("tool_choice", ["none", "auto"], "required"),
+        ("parallel_tool_calls", [True, False], "yes"),
+        ("store", [False], True),
+        ("metadata", [{}], {"a": "b"}),
+        ("service_tier", ["auto", "default"], "flex"),
+    ],
+)
+def test_fields_that_we_lack_may_ask_for_nothing(field, neutral, other, client):
+    arguments = {"model": "any", "prompt": "the quick", "max_tokens": 2, "temperature": 0}
+    truth = client.completions.create(**arguments).choices
+    for value in neutral:
+        assert client.completions.create(**arguments, extra_body={field: value}).choices == truth
+    with pytest.raises(openai.BadRequestError, match=f"{field} .* is not supported"):
+        client.completions.create(**arguments, extra_body={field: other})
+
+
 def test_bad_bodies_are_refused_and_the_server_goes_on(server, client, model):
     """Not JSON, not text, too large; nothing is read for longer than it takes to see that it does not fit."""
     url, process, _ = server
@@ -372,7 +399,10 @@ def test_bad_bodies_are_refused_and_the_server_goes_on(server, client, model):
             found = re.search(r"has (\d+) tokens or more, a sequence holds 128", answer.json()["error"]["message"])
             assert found and int(found[1]) >= CONTEXT
         assert psutil.Process(process.pid).memory_info().rss - before < 100e6
-    assert httpx.post(target, content=b"5", headers={"content-type": "text/plain"}).status_code == 400
+    for headers in ({"content-type": "text/plain"}, {}):
+        answer = httpx.post(target, content=b'{"prompt": "a"}', headers=headers)
+        assert answer.status_code == 400 and "expected application/json" in answer.json()["error"]["message"]
+    assert httpx.head(f"{url}/health").status_code == 200
     for method, path, status in (("GET", "/v1/nowhere", 404), ("GET", "/v1/completions", 405)):
         answer = httpx.request(method, url + path)
         assert answer.status_code == status and answer.json()["error"]["message"]
