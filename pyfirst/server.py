@@ -7,6 +7,7 @@ import contextlib
 import json
 import queue
 import reprlib
+import socket
 import threading
 import time
 import uuid
@@ -16,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import uvicorn
 from fastapi import FastAPI, HTTPException
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
@@ -36,6 +38,8 @@ MAX_LOGPROBS = 20
 MAX_STOPS = 64
 # Bytes of a request: 64 prompts of 8000 tokens are about 2 MB.
 MAX_BODY = 8 * 2**20
+# Seconds that requests have once the server is told to end, and that answers have to leave it after that.
+GRACE, LEAVE = 5, 3
 # Characters that take long enough to tokenize that other clients must be served meanwhile.
 LONG_TEXT = 2_000
 # Fields of the OpenAI API that we lack, with the values that ask for nothing: clients send them.
@@ -543,3 +547,21 @@ def create_app(engine: Engine) -> FastAPI:
         return PlainTextResponse(engine.metrics(), media_type="text/plain; version=0.0.4")
 
     return app
+
+
+class Server(uvicorn.Server):
+    """Closes the engine before uvicorn cancels the requests, so that each is told why it ends."""
+
+    def __init__(self, engine: Engine, log_level: str):
+        super().__init__(
+            uvicorn.Config(create_app(engine), log_level=log_level, timeout_graceful_shutdown=GRACE + LEAVE)
+        )
+        self.engine = engine
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        closing = threading.Timer(GRACE, self.engine.close)  # a thread, as close() waits for a step
+        closing.start()
+        try:
+            await super().shutdown(sockets)
+        finally:
+            closing.cancel()

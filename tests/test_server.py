@@ -426,9 +426,8 @@ def test_a_template_that_refuses_is_400(model, tmp_path, tiny_model):
 @contextlib.contextmanager
 def slowed(model, monkeypatch, seconds_per_token: float):
     """(base URL, batch) of a server in this process whose steps take as long as a large model's."""
-    import uvicorn
-
-    from pyfirst.server import Engine, create_app
+    from pyfirst.cli.serve import _bind
+    from pyfirst.server import Engine, Server
 
     decode = FirstBatch._decode
 
@@ -438,13 +437,13 @@ def slowed(model, monkeypatch, seconds_per_token: float):
 
     monkeypatch.setattr(FirstBatch, "_decode", slow)
     batch = FirstBatch(model, n_parallel=4, n_ctx=512, n_threads=1)
-    server = uvicorn.Server(uvicorn.Config(create_app(Engine(batch)), port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
+    server, bound = Server(Engine(batch), "error"), _bind("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
     try:
         while not server.started:
             time.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", batch
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}", batch
     finally:
         server.should_exit = True
         thread.join(30)
@@ -612,6 +611,22 @@ def test_requests_during_shutdown_end_and_the_process_too(model):
             assert all(answer.result(30) for answer in answers)
         assert process.returncode in (0, -15)
         assert "Traceback" not in log.read_text()
+
+
+def test_what_shutting_down_ends_is_told_so(model, monkeypatch, capfd):
+    monkeypatch.setattr("pyfirst.server.GRACE", 0.5)
+    body = {"prompt": "the quick", "max_tokens": 400, "temperature": 1}
+    with ThreadPoolExecutor(8) as pool:
+        with slowed(model, monkeypatch, 0.02) as (url, batch):
+            bodies = [{**body, "stream": i % 2 == 1} for i in range(8)]
+            asked = [pool.submit(httpx.post, f"{url}/v1/completions", json=b, timeout=60) for b in bodies]
+            while batch.n_active + batch.n_waiting < len(asked):
+                time.sleep(0.01)
+        for i, answer in enumerate(found.result() for found in asked):
+            event = answer.text.rstrip().rpartition("data: ")[2] if i % 2 else answer.text
+            assert json.loads(event)["error"]["message"] == "the server is shutting down"
+            assert answer.status_code == (200 if i % 2 else 503)
+    assert capfd.readouterr().err == ""
 
 
 def test_flash_attention_is_switched_on(model):

@@ -61,10 +61,8 @@ def serve(args: argparse.Namespace) -> None:
             raise InputError(f"{option} is {value}, expected at least 1")
     bound = _bind(args.host, args.port)
 
-    import uvicorn
-
     from pyfirst.batch import FirstBatch
-    from pyfirst.server import Engine, create_app
+    from pyfirst.server import Engine, Server
 
     batch = FirstBatch(
         args.model,
@@ -82,9 +80,8 @@ def serve(args: argparse.Namespace) -> None:
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"first-serve: {args.model} on http://{host}:{bound.getsockname()[1]}/v1", file=sys.stderr, flush=True)
     level = "info" if args.verbose else "warning"
-    config = uvicorn.Config(create_app(Engine(batch, args.queue)), log_level=level, timeout_graceful_shutdown=5)
     with contextlib.suppress(KeyboardInterrupt):  # the way to end it
-        uvicorn.Server(config).run(sockets=[bound])
+        Server(Engine(batch, args.queue), level).run(sockets=[bound])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
