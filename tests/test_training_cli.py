@@ -170,6 +170,35 @@ def test_resuming_another_run_is_refused(folder, data, tmp_path, monkeypatch, ca
     assert main([*argv, "--resume", "--note", "other words for the card"]) == 0
 
 
+def test_resuming_with_other_content_of_a_folder_is_refused(folder, data, trained, tmp_path, monkeypatch, capsys):
+    """Of the same shapes; what has only been moved is the same run."""
+    here, there = ({o: tmp_path / f"{o}-{n}" for o in ("-m", "--recipe", "--teacher")} for n in (1, 2))
+    for paths, seed in ((here, 1), (there, 2)):
+        tiny.make("llama", paths["-m"], seed=seed)
+        tiny.recipe(paths["--recipe"], folder, seed=seed)
+        shutil.copytree(trained, paths["--teacher"])
+    other = there["--teacher"] / "adapter_model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(other).items()}, other)
+
+    def run(paths, *more):
+        named = [str(part) for option in paths.items() for part in option]
+        argv = arguments(folder, data, tmp_path / "out", "--phase", "lora", "--distill", "0.5", "--save-steps", "1")
+        return main([*argv, *named, *more])
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(phases.Watch, "on_save", stop)
+    assert run(here) == 130
+    monkeypatch.undo()
+    for option, name in (("-m", "--model"), ("--recipe", "--recipe"), ("--teacher", "--teacher")):
+        capsys.readouterr()
+        assert run({**here, option: there[option]}, "--resume") == 2
+        assert f"another {name} than" in capsys.readouterr().err.splitlines()[-1]
+    moved = {option: path.rename(tmp_path / f"moved{option}") for option, path in here.items()}
+    assert run(moved, "--resume") == 0
+
+
 def test_routers_alone_then_lora_on_frozen_routers(folder, data, tmp_path):
     routers = ("--phase", "routers", "--prefill", "skip", "--target-skip", "0.5")
     assert main(arguments(folder, data, tmp_path / "routers", *routers)) == 0

@@ -20,18 +20,26 @@ from pyfirst.training import report
 from pyfirst.training.data import Example
 
 
-def begin(work: Path, options: Mapping[str, Any], examples: Sequence[Example], resume: bool) -> None:
+def begin(
+    work: Path,
+    options: Mapping[str, Any],
+    content: Mapping[str, str | None],
+    examples: Sequence[Example],
+    resume: bool,
+) -> None:
     """Make an empty folder or, to resume, check that the one that lies there is of the same run.
 
-    Raises InputError where another option or data was used, OSError where nothing can be written.
+    ``content`` holds digests of what options name by its path, for a folder may have been moved.
+    Raises InputError where another option, content or data was used, OSError where nothing can be written.
     """
     path = work / "options.json"
-    now = json.loads(json.dumps({**options, "data": _fingerprint(examples)}))
+    content = {**content, "data": _fingerprint(examples)}
+    now = json.loads(json.dumps({**options, **content}))
     if resume and work.is_dir():
         before = read_json(path) if path.is_file() else now
         for name in now:
             if before.get(name, now[name]) != now[name] and name != "base_license":
-                what = "" if name == "data" else f" (before: {before[name]}, now: {now[name]})"
+                what = "" if name in content else f" (before: {before[name]}, now: {now[name]})"
                 raise InputError(
                     f"--resume with another --{name.replace('_', '-')} than the interrupted run{what}; "
                     "start anew without --resume"
@@ -63,6 +71,15 @@ def save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     part = path.with_suffix(".tmp")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
     part.replace(path)
+
+
+def digest(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+    """Of what a model, a recipe or a LoRA holds, wherever it lies."""
+    found = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _fingerprint(examples: Sequence[Example]) -> str:

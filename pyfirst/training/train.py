@@ -15,6 +15,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -363,6 +364,11 @@ def train(args: argparse.Namespace) -> Path:
     earlier = load_recipe(args.recipe) if args.recipe else None
     base, tokenizer = load_model(args.model, args.bf16)
     base.requires_grad_(False)
+    first_process = int(os.environ.get("RANK", "0")) == 0
+    content: dict[str, str | None] = {}
+    if first_process:
+        described = {**base.config.to_dict(), "_name_or_path": "", "transformers_version": ""}
+        content["model"] = checkpoints.digest(described, base.state_dict())
     transformers.set_seed(args.seed)
     text_config = base.config.get_text_config()
     count, width = text_config.num_hidden_layers, text_config.hidden_size
@@ -397,9 +403,10 @@ def train(args: argparse.Namespace) -> Path:
     teacher = teacher_of(args.teacher, model) if args.teacher else None
     out = Path(args.out).resolve()
     work = out.parent / f".{out.name}.work"
-    first_process = int(os.environ.get("RANK", "0")) == 0
     if first_process:
-        checkpoints.begin(work, report.options(args, build_parser()), training, args.resume)
+        content["recipe"] = checkpoints.digest(asdict(earlier.config), routers.state_dict()) if earlier else None
+        content["teacher"] = checkpoints.digest({}, teacher) if teacher else None
+        checkpoints.begin(work, report.options(args, build_parser()), content, training, args.resume)
     elif args.resume:  # or this process would go on from another checkpoint than the first
         checkpoints.drop_halves(work)
     tasks = sorted({e.task for e in training})
