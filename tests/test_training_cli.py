@@ -437,6 +437,24 @@ def test_distillation_follows_a_teacher_that_stays_what_it_was(named, folder, da
     assert (tmp_path / "out" / name).read_bytes() != (trained / name).read_bytes()
 
 
+@pytest.mark.parametrize("share", ["0", "0.5"])
+def test_passes_add_up_to_one_batch(folder, data, tmp_path, monkeypatch, share):
+    """With responses of different lengths, and the divergence from a teacher."""
+    more = ("--phase", "lora", "--recipe", str(tiny.recipe(tmp_path / "routers", folder)), "--distill", share)
+    gradients = []
+
+    def stop(self, *_, **__):
+        gradients.append(torch.cat([p.grad.flatten() for p in self.trainer.first.lora().values()]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(phases.Watch, "on_pre_optimizer_step", stop)
+    for batch, passes in (("8", "1"), ("2", "4")):
+        sizes = ("--batch-size", batch, "--grad-accum", passes)
+        assert main(arguments(folder, data, tmp_path / "out", *more, *sizes)) == 130
+    assert gradients[0].any()
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
+
+
 def test_a_teacher_of_another_rank_is_refused(folder, data, trained, tmp_path, capsys):
     more = ("--distill", "0.5", "--teacher", str(trained), "--lora-r", "4")
     assert main(arguments(folder, data, tmp_path / "out", *more)) == 2
@@ -495,12 +513,15 @@ def test_the_card_counts_the_steps_that_were_taken(folder, data, tmp_path, optio
 def test_two_processes_write_one_recipe(folder, data, tmp_path):
     """`accelerate launch` starts processes in the same way where there are several GPUs, but not on CPUs."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "-m", "pyfirst.training.train", *arguments(folder, data, tmp_path / "out")]
+    given = " ".join(arguments(folder, data, tmp_path / "out")).replace("--steps 5", "--epochs 1").split(" ")
+    command = [*launch, "-m", "pyfirst.training.train", *given]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("wrote") == 1
-    assert load_recipe(tmp_path / "out").config.training["steps"] == 5
+    training = load_recipe(tmp_path / "out").config.training
+    assert training["steps"] == 4  # of 2 processes x 4 x 2 examples, from 68
+    assert training["drawn"] == 4 * 16
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,11 @@
-"""What is minimised, and how routers are started and steered. Equations use the notation of ``routers``."""
+"""What is minimised, and how routers are started and steered. Equations use the notation of ``routers``.
+
+Everywhere the cross-entropy is the mean over the examples i of the mean over the n_i tokens of a response,
+
+    CE = 1/B sum_i 1/n_i sum_t CE_i(t)
+
+so that passes of B examples add up to one large batch, whatever their lengths, and long answers do not drown others.
+"""
 
 from __future__ import annotations
 
@@ -56,13 +63,13 @@ def steer(threshold: float, scores: torch.Tensor, target: float, rate: float = 0
 
 
 def distillation(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Mean KL(teacher || student) in nats per row of logits [N, V] (Hinton et al. 2015, temperature 1)."""
+    """KL(teacher || student) in nats, float32 [N], of each row of logits [N, V] (Hinton et al. 2015, temperature 1)."""
     return torch.nn.functional.kl_div(
         student.float().log_softmax(-1),
         teacher.float().log_softmax(-1),
         log_target=True,
-        reduction="batchmean",
-    )
+        reduction="none",
+    ).sum(-1)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from pyfirst.errors import InputError
 from pyfirst.training import checkpoints, report
 from pyfirst.training.data import Example, MixedSampler, collate
 from pyfirst.training.objectives import distillation, hard_gate_loss, paper_loss, router_parameters, steer
-from pyfirst.training.routers import FirstModel
+from pyfirst.training.routers import FirstModel, per_example
 
 # Non-finite steps in a row after which training is given up.
 BAD_STEPS = 5
@@ -161,7 +161,8 @@ class PhaseTrainer(Trainer):
                 loss = paper_loss(loss, output["scores"][:, free], self.options.penalty)
             elif wiser is not None:
                 share = self.options.distill
-                loss = (1 - share) * loss + share * distillation(output["token_logits"], wiser)
+                far = {**output, "token_loss": distillation(output["token_logits"], wiser)}
+                loss = (1 - share) * loss + share * per_example(far, len(keep)).mean()
             if self.phase.routers and not self.phase.soft:
                 loss = hard_gate_loss(loss, output["scores"][:, free], self.target, weight=10.0)
         self.losses.append(float(output["loss"].detach()))

@@ -75,10 +75,10 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def per_example(output: dict[str, Any], count: int) -> torch.Tensor:
-    """Mean cross-entropy float32 [count] of each row of a FirstModel output."""
+    """Mean cross-entropy float32 [count] of each row of a FirstModel output; 0 where no token counts."""
     loss, rows = output["token_loss"], output["rows"]
     total = torch.zeros(count, device=loss.device).index_add(0, rows, loss)
-    return total / torch.bincount(rows, minlength=count)
+    return total / torch.bincount(rows, minlength=count).clamp(min=1)
 
 
 def find_layers(model: Any) -> nn.ModuleList:
@@ -413,8 +413,9 @@ class FirstModel(nn.Module):
             keep: bool [L] or [B, L] to force masks instead of deciding.
             dense: run every layer for every token.
 
-        Returns a dict: ``loss`` (mean cross-entropy per response token, nats), ``token_loss`` float32 [N],
-        ``token_logits`` [N, V] and ``rows`` int64 [N] for the N response tokens when labels are given;
+        Returns a dict: ``loss`` (mean over the B examples of each one's mean cross-entropy per response token,
+        nats), ``token_loss`` float32 [N], ``token_logits`` [N, V] and ``rows`` int64 [N] for the N response tokens
+        when labels are given;
         ``logits`` [B, T, V] otherwise; ``keep`` bool [B, L] and ``scores`` float32 [B, L] (empty when forced
         or dense).
         """
@@ -447,7 +448,7 @@ class FirstModel(nn.Module):
         if torch.is_grad_enabled() and not token_loss.requires_grad and any(p.requires_grad for p in self.parameters()):
             raise InputError(NO_LAYER)
         result.update({"token_loss": token_loss, "token_logits": logits[0], "rows": wanted.nonzero()[:, 0]})
-        return {**result, "loss": token_loss.mean()}
+        return {**result, "loss": per_example(result, len(labels)).mean()}
 
     @torch.no_grad()
     def decide(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -380,7 +380,7 @@ def train(args: argparse.Namespace) -> Path:
     training, held = hold_back(examples, args.hold_back, args.seed)
     if not training:
         raise InputError(f"{args.data[0]}: no task has two different prompts; nothing is left to train on")
-    per_step = args.batch_size * args.grad_accum
+    per_step = args.batch_size * args.grad_accum * int(os.environ.get("WORLD_SIZE", "1"))
     steps = args.steps or max(1, round((args.epochs or 1) * len(training) / per_step))
 
     if args.phase != "routers":
