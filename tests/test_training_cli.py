@@ -106,6 +106,12 @@ def test_same_seed_same_recipe(folder, data, trained, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (trained / name).read_bytes()
 
 
+def told(recipe) -> list[dict]:
+    """The phases that a recipe names, without how long they took."""
+    phases = load_recipe(recipe).config.training["phases"]
+    return [{**p, "log": [{k: v for k, v in row.items() if k != "seconds"} for row in p["log"]]} for p in phases]
+
+
 @pytest.mark.parametrize(("name", "step"), [("warm-up", 1), ("depths", 1), ("lora", 1), ("lora", 3)])
 def test_resumed_is_bit_equal(folder, data, trained, tmp_path, monkeypatch, name, step):
     """Interrupted right behind a checkpoint, within a phase or at its end, then resumed."""
@@ -121,6 +127,7 @@ def test_resumed_is_bit_equal(folder, data, trained, tmp_path, monkeypatch, name
     assert not out.exists()
     monkeypatch.undo()
     assert main([*argv, "--resume"]) == 0
+    assert told(out) == told(trained)
     for file in ("first_routers.safetensors", "adapter_model.safetensors"):
         assert (out / file).read_bytes() == (trained / file).read_bytes()
 
@@ -219,19 +226,23 @@ def test_routers_alone_then_lora_on_frozen_routers(folder, data, tmp_path):
 
 def test_gates_learn_with_the_lora(folder, data, tmp_path, monkeypatch):
     argv = ("--objective", "gates", "--save-steps", "1")
+    monkeypatch.setattr(phases, "collapse", lambda *_: ["collapsed"])
     assert main(arguments(folder, data, tmp_path / "whole", *argv)) == 0
     config = load_recipe(tmp_path / "whole").config
     assert [p["name"] for p in config.training["phases"]] == ["warm-up", "joint", "lora"]
     assert abs(config.training["held_back"]["skipped"] - 0.25) < 0.15
 
-    def stop(self, args, state, control, **kwargs):
-        if (self.trainer.phase.name, state.global_step) == ("joint", 1):
-            raise KeyboardInterrupt
+    for name in ("joint", "lora"):
 
-    monkeypatch.setattr(phases.Watch, "on_save", stop)
-    assert main(arguments(folder, data, tmp_path / "cut", *argv)) == 130
+        def stop(self, args, state, control, name=name, **kwargs):
+            if (self.trainer.phase.name, state.global_step) == (name, 1):
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(phases.Watch, "on_save", stop)
+        assert main([*arguments(folder, data, tmp_path / "cut", *argv), "--resume"]) == 130
     monkeypatch.undo()
     assert main([*arguments(folder, data, tmp_path / "cut", *argv), "--resume"]) == 0
+    assert load_recipe(tmp_path / "cut").config.training["warnings"] == config.training["warnings"] != []
     for file in ("first_routers.safetensors", "adapter_model.safetensors"):
         assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 

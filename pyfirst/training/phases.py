@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import json
 import random
 import time
 from collections import deque
@@ -20,6 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from pyfirst.errors import InputError
+from pyfirst.recipe import read_json
 from pyfirst.training import checkpoints, report
 from pyfirst.training.data import Example, MixedSampler, collate
 from pyfirst.training.objectives import distillation, hard_gate_loss, paper_loss, router_parameters, steer
@@ -178,6 +180,15 @@ class Watch(TrainerCallback):
         self.log: list[dict[str, float]] = []
         self.recent: list[tuple[float, float]] = []
 
+    def recall(self, stored: Mapping[str, Any]) -> None:
+        """Take log and masks from what a checkpoint has ``stored`` of callbacks, if it has."""
+        if before := stored.get("Watch"):
+            self.log = before["log"]
+            self.trainer.masks.extend(tuple(kept == "#" for kept in mask) for mask in before["masks"])
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.recall(state.stateful_callbacks)
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         parameters = [p for p in trainer.first.parameters() if p.grad is not None]
@@ -230,6 +241,8 @@ class Watch(TrainerCallback):
                 line += f"  masks {len(set(trainer.masks))} of {len(trainer.masks)}"
             self.log.append(entry)
             report.say(f"{line}  {seconds:.0f} s")
+        masks = ["".join("#" if kept else "." for kept in mask) for mask in trainer.masks]
+        state.stateful_callbacks["Watch"] = {"log": self.log, "masks": masks}  # goes into every checkpoint
 
 
 def run_phase(
@@ -246,21 +259,19 @@ def run_phase(
 ) -> dict[str, Any]:
     """Train one phase in place; ``prepare`` runs before it, unless it resumes.
 
-    Finished phases and checkpoints lie under ``work``. ``target`` is the share of unprotected layers to keep,
-    ``masks`` holds for each task bool [K, L], masks to force; an example always draws the same one.
-    ``teacher`` holds the LoRA that, with all layers, is distilled from.
+    Finished phases, their records and checkpoints lie under ``work``. ``target`` is the share of unprotected
+    layers to keep, ``masks`` holds for each task bool [K, L], masks to force; an example always draws the same
+    one. ``teacher`` holds the LoRA that, with all layers, is distilled from.
     Returns a record: name, steps, log lines, per-layer share kept near the end and warnings.
     """
     done = work / f"{phase.name}.safetensors"
     folder = work / phase.name
+    told = done.with_suffix(".json")
     checkpoint = get_last_checkpoint(str(folder)) if options.resume and folder.is_dir() else None
     if options.resume and done.is_file():
         model.load_state_dict(load_file(done))
         report.say(f"{phase.name}: done before")
-        return {"name": phase.name, "steps": phase.steps, "warnings": []}
-    if checkpoint and checkpoint.endswith(f"-{phase.steps}"):  # Trainer would take one more step from here
-        model.load_state_dict(load_file(Path(checkpoint) / SAFE_WEIGHTS_NAME))
-        return {"name": phase.name, "steps": phase.steps, "warnings": []}
+        return read_json(told) if told.is_file() else {"name": phase.name, "steps": phase.steps, "warnings": []}
     if checkpoint is None and prepare:
         prepare()
     model.gate = "soft" if phase.soft else "hard"
@@ -308,12 +319,14 @@ def run_phase(
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
             trainer.remove_callback(type(callback))
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint and checkpoint.endswith(f"-{phase.steps}"):  # Trainer would take one more step from here
+        model.load_state_dict(load_file(Path(checkpoint) / SAFE_WEIGHTS_NAME))
+        watch.recall(read_json(Path(checkpoint) / "trainer_state.json")["stateful_callbacks"])
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
     model.eval()
     model.gate = "hard"
     warnings = collapse(trainer.masks, model) if phase.routers and not phase.soft else []
-    if trainer.args.should_save:
-        checkpoints.save(done, model.state_dict())
     record: dict[str, Any] = {
         "name": phase.name,
         "steps": phase.steps,
@@ -323,6 +336,9 @@ def run_phase(
     if trainer.masks:
         shares = torch.tensor(list(trainer.masks)).float().mean(0)
         record["layer_kept"] = [round(x, 3) for x in shares.tolist()]
+    if trainer.args.should_save:
+        told.write_text(json.dumps(record) + "\n", encoding="utf-8")  # before what says that the phase is done
+        checkpoints.save(done, model.state_dict())
     return record
 
 
