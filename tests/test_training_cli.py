@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from first_convert.convert import convert
 from pyfirst.errors import InputError
+from pyfirst.evaluation import Scorer
 from pyfirst.recipe import load_recipe
 from pyfirst.tasks import Example
 from pyfirst.training import phases, report
@@ -383,6 +385,18 @@ def test_white_space_around_an_answer_is_not_trained(odd):
     """first-eval strips it, so the model would be measured on other tokens than it learned."""
     tokenizer = tiny.tokenizer()
     assert encode(tokenizer, "the quick", odd) == encode(tokenizer, "the quick", "fox")
+
+
+@pytest.mark.parametrize("template", [True, False])
+@pytest.mark.parametrize("answer", ["x + 1 <|im_end|> more", "<|im_start|>", "fox"])
+def test_answers_are_the_tokens_that_are_scored(tiny_model, template, answer):
+    """The name of a special token in an answer is text, in the runtime too; what ends the answer is a token."""
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    if not template:
+        tokenizer.chat_template = None
+    llm = Scorer(tiny_model("llama")[1], routing=False)
+    assert encode(tokenizer, "over <|im_end|>", answer)[1] == llm.answer_tokens(answer, tokenizer.eos_token_id)
+    llm.close()
 
 
 @pytest.mark.parametrize("targets", [(), ("--lora-targets", "q_proj,o_proj")])

@@ -68,15 +68,20 @@ def encode(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], list[
 
     With a chat template the prompt ends with the generation prompt and holds no BOS but the template's own;
     the response ends with what the template puts behind an answer. Without one, the tokenizer's own special
-    tokens stand before the prompt and EOS behind the response. Raises InputError if the template refuses.
+    tokens stand before the prompt and EOS behind the response. The name of a special token means the token in a
+    prompt, but is plain text in a response. Raises InputError if the template refuses.
     """
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer names no eos_token, which must end an answer; see its tokenizer_config.json")
+
+    def ids_of(text: str, special: bool = True) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=not special)["input_ids"]
+
     if not tokenizer.chat_template:
         ids = tokenizer(prompt)["input_ids"]
         if ids and ids[-1] == tokenizer.eos_token_id:
             ids = ids[:-1]
-        return ids, [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        return ids, [*ids_of(response, special=False), tokenizer.eos_token_id]
     # White space around an answer is not the model's to learn; what scores answers strips it too.
     user, response = {"role": "user", "content": prompt}, response.strip()
     try:
@@ -88,7 +93,10 @@ def encode(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], list[
     tail = whole[len(head) :].rstrip() if whole.startswith(head) else ""
     if not tail.startswith(response) or tail == response:
         tail = response + tokenizer.eos_token
-    return tuple(tokenizer(part, add_special_tokens=False)["input_ids"] for part in (head, tail))  # type: ignore[return-value]
+    plain = ids_of(response, special=False)
+    if plain == ids_of(response):  # what follows may merge with it
+        return ids_of(head), ids_of(tail)
+    return ids_of(head), plain + ids_of(tail[len(response) :])
 
 
 def load_examples(
