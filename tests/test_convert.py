@@ -525,6 +525,67 @@ def test_a_number_that_ends_llama_cpp_is_refused(tiny_model, tmp_path, capsys):
     assert f"{model}: the key 'llama.attention.layer_norm_rms_epsilon' is -1.5" in text
 
 
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("num_hidden_layers", 2**31, "whole number"),
+        ("num_hidden_layers", True, "whole number"),
+        ("vocab_size", 2**31, "whole number"),
+        ("hidden_size", "64", "whole number"),
+        ("architectures", None, "LlamaForCausalLM"),
+        ("architectures", [1], "LlamaForCausalLM"),
+        ("text_config", "x", "an object"),
+        ("num_key_value_heads", 1.5, "expected int"),
+        ("rope_parameters", "x", "rope_parameters"),
+        ("hidden_act", "relu", "'silu'"),
+        ("hidden_act", "gelu", "'silu'"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_named(key, value, words, tiny_model, tmp_path, capsys):
+    model = copy_of(tiny_model("llama")[0], tmp_path / "hf")
+    edit_json(model / "config.json", **{key: value})
+    text = refused(capsys, tmp_path / "out.gguf", model)
+    assert f"{model / 'config.json'}: " in text and key in text and words in text
+
+
+@pytest.mark.parametrize("key, value", [("num_key_value_heads", 0), ("head_dim", -1)])
+def test_where_upstreams_converter_fails_the_model_is_named(key, value, tiny_model, tmp_path, capsys):
+    model = copy_of(tiny_model("llama")[0], tmp_path / "hf")
+    edit_json(model / "config.json", **{key: value})
+    assert f"{model}: llama.cpp's converter" in refused(capsys, tmp_path / "out.gguf", model)
+
+
+@pytest.mark.parametrize(
+    "arch, key, value",
+    [("llama", "hidden_act", "swish"), ("gemma3", "hidden_act", "gelu"), ("gptneox", "hidden_act", "gelu_fast")],
+)
+def test_another_name_of_the_same_activation_is_fine(arch, key, value, tiny_model, tmp_path):
+    model = copy_of(tiny_model(arch)[0], tmp_path / "hf")
+    edit_json(model / "config.json", **{key: value})
+    convert.convert(model, outfile=tmp_path / "out.gguf", outtype="f32")
+
+
+def test_more_tokens_than_embeddings_are_refused_with_both_numbers(tiny_model, tmp_path, capsys):
+    from transformers import AutoTokenizer
+
+    model = copy_of(tiny_model("llama")[0], tmp_path / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens([f"<new{i}>" for i in range(400 - len(tokenizer))])
+    tokenizer.save_pretrained(model)
+    text = refused(capsys, tmp_path / "out.gguf", model)
+    assert str(model) in text and "400 tokens" in text and "384 rows" in text
+
+
+def test_a_model_folder_with_a_lora_inside_is_refused_until_one_is_named(tiny_model, tmp_path, capsys):
+    model = copy_of(tiny_model("llama")[0], tmp_path / "hf")
+    adapter = tiny.adapter(model, tmp_path / "lora", target_modules=["q_proj"])
+    for path in adapter.glob("adapter_*"):
+        shutil.copy(path, model / path.name)
+    text = refused(capsys, tmp_path / "out.gguf", model)
+    assert "adapter_config.json" in text and f"--lora {model}" in text
+    assert convert.convert(model, lora=model, outfile=tmp_path / "out.gguf", outtype="f32")["lora"]["pairs_used"] == 4
+
+
 def test_missing_parts_of_a_checkpoint_are_named(tiny_model, tmp_path, capsys):
     out = tmp_path / "out.gguf"
     model = copy_of(tiny_model("llama")[0], tmp_path / "hf")

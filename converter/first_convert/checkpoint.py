@@ -23,6 +23,11 @@ _TOKENIZER = re.compile(r"tok|vocab|merges|spiece|sentencepiece|tekken", re.IGNO
 # Heads and embeddings by the names that transformers' models use.
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
+# The main sizes by the keys that models have for them, and what none exceeds.
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_WIDTH = ("hidden_size", "n_embd", "d_model", "dim")
+_LIMITS = ((_LAYERS, 10_000), (_WIDTH, 1 << 20), (("vocab_size",), 1 << 22))
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
 
 
 @dataclass
@@ -50,6 +55,11 @@ class Tensor:
 def is_tokenizer(name: str) -> bool:
     """Whether a file of a model folder belongs to its tokenizer, the chat template included."""
     return name.startswith("chat_template") or _TOKENIZER.search(name) is not None
+
+
+def _family(activation: str) -> str:
+    """One name for an activation and its approximations."""
+    return "gelu" if activation.startswith("gelu") else activation.replace("swish", "silu")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -122,7 +132,17 @@ class Checkpoint:
                 raise InputError(f"{path}: a LoRA adapter, not a model; give it with --lora, and its base as MODEL_DIR")
             raise InputError(f"{path}: no config.json, so not a Hugging Face model folder")
         self.config = read_json(path / "config.json")
-        self.text_config = {**self.config, **(self.config.get("text_config") or {})}
+        text_config = self.config.get("text_config") or {}
+        if not isinstance(text_config, dict):
+            raise InputError(f"{path / 'config.json'}: 'text_config' is {text_config!r}, expected an object")
+        self.text_config = {**self.config, **text_config}
+        for keys, limit in _LIMITS:
+            key = next((key for key in keys if self.text_config.get(key) is not None), keys[0])
+            value = self.text_config.get(key)
+            if value is not None and (type(value) is not int or not 0 < value <= limit):
+                raise InputError(
+                    f"{path / 'config.json'}: '{key}' is {value!r}, expected a whole number from 1 to {limit}"
+                )
         self.tensors = self._index()
 
     def _index(self) -> dict[str, Tensor]:
@@ -184,12 +204,12 @@ class Checkpoint:
     @property
     def block_count(self) -> int:
         """Number of layers."""
-        return self.number("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+        return self.number(*_LAYERS)
 
     @property
     def embedding_length(self) -> int:
         """Width of the residual stream."""
-        return self.number("hidden_size", "n_embd", "d_model", "dim")
+        return self.number(*_WIDTH)
 
     @property
     def quantization(self) -> str | None:
@@ -214,16 +234,47 @@ class Checkpoint:
         kinds = {t.dtype for t in self.tensors.values() if len(t.shape) > 1}
         return {frozenset(["F16"]): "f16", frozenset(["BF16"]): "bf16"}.get(frozenset(kinds), "f32")
 
+    def transformers_config(self) -> Any:
+        """transformers' configuration, None for a kind of model that only other code knows.
+
+        Raises InputError naming config.json, where it is not valid or asks for another activation than llama.cpp has.
+        """
+        from transformers import CONFIG_MAPPING, AutoConfig
+
+        path = self.path / "config.json"
+        if str(self.config.get("model_type")) not in CONFIG_MAPPING:
+            return None
+        try:
+            config = AutoConfig.from_pretrained(self.path, local_files_only=True)
+            text = config.get_text_config()
+            usual = type(text)()
+        except Exception as error:  # from a validator's own kinds to an AttributeError of a wrong type
+            if "auto_map" in self.config:
+                return None
+            reason = " ".join(str(error).split())
+            raise InputError(f"{path}: transformers cannot read it ({type(error).__name__}: {reason[:300]})") from None
+        # llama.cpp has one activation per architecture and does not look here.
+        for key in _ACTIVATIONS if "CausalLM" in str(self.config.get("architectures")) else ():
+            found, wanted = getattr(text, key, None), getattr(usual, key, None)
+            if isinstance(found, str) and isinstance(wanted, str) and _family(found) != _family(wanted):
+                raise InputError(f"{path}: '{key}' is '{found}', but llama.cpp computes this kind with '{wanted}'")
+        return config
+
     def check_complete(self) -> None:
-        """Raise InputError where the tokenizer, or the output matrix of a model that is not tied, is missing."""
+        """Raise InputError where the kind, the tokenizer, or the output matrix of a model not tied is missing."""
+        kinds = self.config.get("architectures") or self.text_config.get("architectures")
+        if not (isinstance(kinds, list) and kinds and all(isinstance(kind, str) for kind in kinds)):
+            if "ssm_cfg" not in self.config:  # the first Mamba has no such key
+                path = self.path / "config.json"
+                raise InputError(f"{path}: 'architectures' is {kinds!r}, expected a list such as ['LlamaForCausalLM']")
+            kinds = []
         if not any(_TOKENIZER.search(path.name) for path in self.path.iterdir()):
             raise InputError(f"{self.path}: no tokenizer (tokenizer.json, tokenizer.model, ...); download it again")
         # llama.cpp would take the embeddings for the output matrix, and say nothing.
         embedding = self.embedding
         if self.text_config.get("tie_word_embeddings") is not False or embedding is None:
             return
-        kind = " ".join(self.config.get("architectures") or [])
-        if "CausalLM" in kind and [t.shape for t in self.tensors.values()].count(embedding.shape) == 1:
+        if "CausalLM" in " ".join(kinds) and [t.shape for t in self.tensors.values()].count(embedding.shape) == 1:
             raise InputError(
                 f"{self.path}: tie_word_embeddings is false, but no output matrix (lm_head.weight) is in the files; "
                 "download it again, or set tie_word_embeddings to true"

@@ -23,7 +23,7 @@ from first_convert import merge, pack, provenance
 from first_convert.checkpoint import Checkpoint, is_tokenizer
 from first_convert.upstream import by_rules, convert_hf_to_gguf
 from pyfirst.errors import InputError
-from pyfirst.recipe import load_recipe
+from pyfirst.recipe import ADAPTER_CONFIG_NAME, load_recipe
 
 PROBES = (
     "Hello, world! It's 12345 and 3.14.",
@@ -47,6 +47,13 @@ def _probe(model_dir: str) -> list[tuple[str, list[int]]] | None:
         return [(text, tokenizer.encode(text, add_special_tokens=False)) for text in texts]
     except Exception:
         return None  # upstream reads some tokenizers that transformers does not
+
+
+def _tokens(model_dir: str) -> int:
+    """Number of token ids of a tokenizer, added tokens among them."""
+    from transformers import AutoTokenizer
+
+    return 1 + max(AutoTokenizer.from_pretrained(model_dir, local_files_only=True).get_vocab().values())
 
 
 @contextlib.contextmanager
@@ -94,6 +101,12 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     checkpoint = Checkpoint(job["model"])
     for name in job["drop"]:
         checkpoint.tensors.pop(name, None)
+    if not job["lora"] and (checkpoint.path / ADAPTER_CONFIG_NAME).is_file():  # transformers would apply it
+        raise InputError(
+            f"{checkpoint.path}: holds a LoRA too; give --lora {checkpoint.path} to merge it, or move "
+            f"{ADAPTER_CONFIG_NAME} away"
+        )
+    checkpoint.transformers_config()
     recipe = load_recipe(job["recipe"]) if job["recipe"] else None
     # A second core reads and hashes while this one imports and plans, and tokenizes while it writes.
     second = ThreadPoolExecutor(1)
@@ -197,12 +210,10 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     except SystemExit as error:
         if error.code:
             raise InputError(f"{job['model']}: {errors[-1] if errors else 'the converter gave up'}") from None
+    except (InputError, ImportError, MemoryError):
+        raise
     except KeyError as error:
-        raise InputError(f"{job['model']}: llama.cpp's converter misses {error} in config.json") from None
-    except ValueError as error:
-        if "map tensor" not in str(error):
-            raise
-        raise InputError(f"{job['model']}: llama.cpp's converter has no place for it: {error}") from None
+        raise InputError(f"{job['model']}: llama.cpp's converter misses {error} in config.json") from error
     except FileNotFoundError as error:
         if error.errno is None:  # the converter's own words for a file of the tokenizer
             raise InputError(f"{job['model']}: {error}; copy it from the base model") from None
@@ -214,6 +225,14 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     except NotImplementedError as error:
         hint = "; name one with --pre-tokenizer" if "pre-tokenizer" in str(error) else ""
         raise InputError(f"{job['model']}: {error}{hint}") from None
+    except Exception as error:  # upstream's classes take the configuration, the tokenizer and the weights at their word
+        rows = (plan.vocabulary if plan else None) or checkpoint.number("vocab_size")
+        if isinstance(error, AssertionError) and (count := _tokens(str(tokens))) > rows:
+            raise InputError(f"{tokens}: the tokenizer has {count} tokens, the embeddings have {rows} rows") from None
+        if "map tensor" in str(error):
+            raise InputError(f"{job['model']}: llama.cpp's converter has no place for it: {error}") from None
+        reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+        raise InputError(f"{job['model']}: llama.cpp's converter cannot convert it ({reason})") from error
     finally:
         undo.close()
         logging.getLogger().removeHandler(handler)

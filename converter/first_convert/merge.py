@@ -141,8 +141,9 @@ def meta_model(checkpoint: Checkpoint, vocabulary: int | None = None) -> nn.Modu
     """
     import transformers
 
+    config = checkpoint.transformers_config()
     try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+        config = config or transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
         if vocabulary is not None:
             config.get_text_config().vocab_size = vocabulary
         name = (config.architectures or [""])[0]
@@ -150,7 +151,7 @@ def meta_model(checkpoint: Checkpoint, vocabulary: int | None = None) -> nn.Modu
         build = getattr(cls, "_from_config", None) or cls.from_config
         with torch.device("meta"):
             return build(config)
-    except (ValueError, KeyError, OSError, AttributeError) as error:
+    except Exception as error:  # whatever a model's code makes of a configuration that does not fit
         raise InputError(f"{checkpoint.path}: transformers cannot build this model ({error})") from None
 
 
