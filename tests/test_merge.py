@@ -26,6 +26,7 @@ LORA = {
     "biases and lora_bias": ("llama-bias", {"bias": "lora_only", "lora_bias": True}),
     "biases of a model that has none": ("llama", {"bias": "all"}),
     "rank and alpha patterns": ("llama", {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 32}}),
+    "negative alpha": ("llama", {"lora_alpha": -8}),
     "rslora": ("llama", {"use_rslora": True, "r": 16, "lora_alpha": 16}),
     "dora": ("llama", {"use_dora": True}),
     "fan_in_fan_out by mistake": ("llama", {"target_modules": ["o_proj"], "fan_in_fan_out": True}),
@@ -339,13 +340,51 @@ def edit(adapter, **changes):
         ({"a_new_method": {"strength": 2}}, "a_new_method"),
         ({"use_qalora": True}, "use_qalora"),
         ({"r": 0}, "'r'"),
+        ({"r": 2**31}, "'r'"),
+        ({"rank_pattern": None}, "rank_pattern"),
+        ({"rank_pattern": {"q_proj": 2**31}}, "rank_pattern"),
+        ({"alpha_pattern": "x"}, "alpha_pattern"),
+        ({"alpha_pattern": {"q_proj": float("nan")}}, "alpha_pattern"),
+        ({"lora_alpha": float("nan")}, "lora_alpha"),
+        ({"lora_alpha": float("inf")}, "lora_alpha"),
+        ({"lora_alpha": 10**400}, "lora_alpha"),
+        ({"modules_to_save": [None]}, "modules_to_save"),
+        ({"target_modules": [1]}, "target_modules"),
+        ({"target_modules": "("}, "unterminated"),
+        ({"trainable_token_indices": [1.5]}, "trainable_token_indices"),
+        ({"trainable_token_indices": [5, 2**31]}, "384 tokens"),
+        ({"trainable_token_indices": {"embed_tokens": [384]}}, "384 tokens"),
     ],
 )
 def test_variants_that_cannot_be_merged_are_refused_by_name(changes, word, tiny_model, tmp_path):
     model, _ = tiny_model("llama")
     adapter = tiny.adapter(model, tmp_path / "adapter", target_modules=["q_proj"])
     edit(adapter, **changes)
-    assert word in plan_error(model, adapter)
+    text = plan_error(model, adapter)
+    assert text.startswith(str(adapter / "adapter_config.json")) and word in text
+
+
+@pytest.mark.parametrize(
+    "arch, base, config, word",
+    [
+        ("llama-bias", "llama", {"lora_bias": True}, "lora_bias"),
+        ("llama-tied", "llama-tied", {"trainable_token_indices": [5]}, "trainable_token_indices"),
+    ],
+)
+def test_parts_that_the_model_has_no_place_for_are_refused(arch, base, config, word, tiny_model, tmp_path):
+    adapter = tiny.adapter(tiny_model(arch)[0], tmp_path / "adapter", target_modules=["lm_head", "q_proj"], **config)
+    assert word in plan_error(tiny_model(base)[0], adapter)
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.int8])
+def test_narrow_adapter_weights_are_read(kind, tiny_model, tmp_path):
+    model, _ = tiny_model("llama")
+    adapter = tiny.adapter(model, tmp_path / "adapter", target_modules=["q_proj"])
+    path = adapter / "adapter_model.safetensors"
+    narrow = {key: (tensor * 10).to(kind) for key, tensor in load_file(path).items()}
+    save_file(narrow, path)
+    found = merge.load_adapter(adapter)
+    assert all(torch.equal(found[key], tensor.float()) for key, tensor in narrow.items())
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
@@ -396,8 +435,14 @@ def test_short_adapter_file_is_named(tiny_model, tmp_path):
     model, _ = tiny_model("llama")
     adapter = tiny.adapter(model, tmp_path / "adapter", target_modules=["q_proj"])
     path = adapter / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
     assert str(path) in plan_error(model, adapter)
+    path.write_bytes(whole.replace(b"pt", b"p\xff", 1))  # metadata, which only safetensors itself reads
+    assert str(path) in plan_error(model, adapter)
+    path.unlink()
+    torch.save([1], path.with_suffix(".bin"))
+    assert str(path.with_suffix(".bin")) in plan_error(model, adapter)
 
 
 def test_quantised_base_is_refused(tiny_model, tmp_path):

@@ -45,6 +45,42 @@ BIASES = ("none", "all", "lora_only")
 REFUSED_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
+def _rank(value: Any) -> bool:
+    return type(value) is int and 0 < value <= 1 << 16
+
+
+def _scale(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < abs(value) < 1e30  # NaN is not
+
+
+def _names(value: Any) -> bool:
+    return value is None or isinstance(value, str) or (isinstance(value, list) and all(type(x) is str for x in value))
+
+
+def _each(usable: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """The check of an object, by that of its values."""
+    return lambda value: isinstance(value, dict) and all(map(usable, value.values()))
+
+
+def _tokens(value: Any) -> bool:
+    return isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)
+
+
+# Key of adapter_config.json, whether PEFT can use a value, and what it can use; it does not check them itself.
+_VALUES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("r", _rank, "a whole number from 1 to 65536"),
+    ("rank_pattern", _each(_rank), "an object of whole numbers from 1 to 65536"),
+    ("lora_alpha", _scale, "a finite number that is not 0"),
+    ("alpha_pattern", _each(_scale), "an object of finite numbers that are not 0"),
+    *((key, _names, "names") for key in ("target_modules", "modules_to_save", "exclude_modules")),
+    (
+        "trainable_token_indices",
+        lambda value: value is None or _tokens(value) or _each(_tokens)(value),
+        "token ids, or an object of them",
+    ),
+)
+
+
 @dataclass
 class Merge:
     """What an adapter does to a checkpoint.
@@ -85,9 +121,12 @@ def check_config(directory: Path) -> dict[str, Any]:
         )
     if config.get("bias", "none") not in BIASES:
         raise InputError(f"{path}: bias is {config['bias']!r}, expected one of {', '.join(BIASES)}")
+    for key, usable, expected in _VALUES:
+        if key in config and not usable(config[key]):
+            raise InputError(f"{path}: '{key}' is {config[key]!r}, expected {expected}")
     for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), (int, float)) or config[key] <= 0:
-            raise InputError(f"{path}: '{key}' is {config.get(key)!r}, expected a positive number")
+        if key not in config:
+            raise InputError(f"{path}: required key '{key}' is missing")
     return config
 
 
@@ -106,10 +145,14 @@ def load_adapter(directory: Path) -> dict[str, torch.Tensor]:
     """Tensors of an adapter in float32 by key. Raises InputError for a short file or values not finite."""
     path = directory / ADAPTER_WEIGHTS_NAME
     if path.is_file():
+        from safetensors import SafetensorError
         from safetensors.torch import load
 
         safetensors_header(path)
-        tensors = load(path.read_bytes())  # safetensors' own open takes only UTF-8 paths
+        try:
+            tensors = load(path.read_bytes())  # safetensors' own open takes only UTF-8 paths
+        except SafetensorError as error:
+            raise InputError(f"{path}: not a readable safetensors file ({error})") from None
     elif (directory / "adapter_model.bin").is_file():
         path = directory / "adapter_model.bin"
         try:
@@ -118,10 +161,13 @@ def load_adapter(directory: Path) -> dict[str, torch.Tensor]:
             raise InputError(f"{path}: not a readable PyTorch file ({error})") from None
     else:
         raise InputError(f"{path}: not found, although the folder holds {ADAPTER_CONFIG_NAME}")
+    if not (isinstance(tensors, dict) and all(isinstance(tensor, torch.Tensor) for tensor in tensors.values())):
+        raise InputError(f"{path}: not the weights of an adapter, expected tensors by name")
+    tensors = {key: tensors[key].float() for key in sorted(tensors)}
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise InputError(f"{path}: '{key}' holds NaN or infinity")
-    return {key: tensors[key].float() for key in sorted(tensors)}
+    return tensors
 
 
 def _vocabulary(found: dict[str, torch.Tensor], checkpoint: Checkpoint) -> int | None:
@@ -230,7 +276,7 @@ def plan(checkpoint: Checkpoint, directory: str | Path) -> Merge:
     from peft.utils.other import ModulesToSaveWrapper
 
     directory = Path(directory)
-    path = directory / ADAPTER_WEIGHTS_NAME
+    path, settings_path = directory / ADAPTER_WEIGHTS_NAME, directory / ADAPTER_CONFIG_NAME
     raw = check_config(directory)
     if checkpoint.quantization is not None:
         raise InputError(
@@ -239,12 +285,18 @@ def plan(checkpoint: Checkpoint, directory: str | Path) -> Merge:
         )
     if not checkpoint.tensors:
         raise InputError(f"{checkpoint.path}: merging needs a safetensors checkpoint, not PyTorch .bin files")
-    settings = _known(raw, directory / ADAPTER_CONFIG_NAME)
+    settings = _known(raw, settings_path)
     # Trained biases are whole weights of the base, taken from the file below.
     settings |= {"init_lora_weights": True, "inference_mode": True, "lora_dropout": 0.0, "bias": "none"}
     settings.pop("peft_type")
     found = load_adapter(directory)
     vocabulary = _vocabulary(found, checkpoint)
+    trained = raw.get("trainable_token_indices") or []
+    lists = trained.values() if isinstance(trained, dict) else [trained]
+    last = max((token for ids in lists for token in ids), default=0)
+    rows = vocabulary or (checkpoint.embedding.shape[0] if checkpoint.embedding else None)
+    if rows is not None and last >= rows:
+        raise InputError(f"{settings_path}: 'trainable_token_indices' has token {last}, the model has {rows} tokens")
     model: Any = meta_model(checkpoint, vocabulary)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
@@ -257,8 +309,8 @@ def plan(checkpoint: Checkpoint, directory: str | Path) -> Merge:
             wrapped = peft.get_peft_model(
                 model, peft.LoraConfig(**settings), low_cpu_mem_usage=True, autocast_adapter_dtype=False
             )
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{directory / ADAPTER_CONFIG_NAME}: {error}") from None
+        except Exception as error:  # PEFT takes its configuration at its word
+            raise InputError(f"{settings_path}: {error}") from None
         # A tied head with its own adapter is no longer tied; its base is the embeddings all the same.
         inner: Any = wrapped.base_model.model
         expected = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
@@ -282,6 +334,9 @@ def plan(checkpoint: Checkpoint, directory: str | Path) -> Merge:
         tuners: dict[str, Any] = {
             n: module for n, module in inner.named_modules() if isinstance(module, BaseTunerLayer)
         }
+        if tied and raw.get("trainable_token_indices") and head_name.removesuffix(".weight") in tuners:
+            reason = f"cannot be merged with a LoRA on '{head_name}', which is tied"
+            raise InputError(f"{settings_path}: 'trainable_token_indices' {reason}")
         for module in tuners.values():  # PEFT moves an adapter to where its base is: make that the CPU
             module.get_base_layer().weight = nn.Parameter(torch.empty(0), requires_grad=False)
             for original in getattr(module, "trainable_tokens_original", {}):
@@ -350,6 +405,8 @@ def plan(checkpoint: Checkpoint, directory: str | Path) -> Merge:
         base = module.get_base_layer()
         read_weight = reader(f"{name}.weight")
         has_bias = getattr(base, "bias", None) is not None
+        if raw.get("lora_bias") and not has_bias:
+            raise InputError(f"{settings_path}: 'lora_bias' is set, but '{name}' has no bias to merge into")
         read_bias = reader(f"{name}.bias") if has_bias else None
 
         def compute(
