@@ -139,6 +139,15 @@ def test_recipe_with_lora_is_merged_and_said_so(tiny_model, tmp_path):
     assert np.abs(logits(tmp_path / "out.gguf", ids) - truth).max() < 1e-4
 
 
+@pytest.mark.parametrize(("name", "kept"), [("x" * 5000, "x" * 5000), ("a\0b", "a\0b"), ("\ud800", "?"), (None, None)])
+def test_any_name_of_the_adapters_base_is_only_a_name(name, kept, tiny_model, tmp_path):
+    model, _ = tiny_model("llama")
+    adapter = tiny.adapter(model, tmp_path / "adapter", target_modules=["q_proj"])
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path=name)
+    convert.convert(model, lora=adapter, outfile=tmp_path / "out.gguf", outtype="f32")
+    assert contents(tmp_path / "out.gguf")[0].get(key.RECIPE_BASE_MODEL) == kept
+
+
 def test_licence_of_the_model_card_is_kept(tiny_model, tmp_path):
     model = copy_of(tiny_model("llama")[0], tmp_path / "hf")
     (model / "README.md").write_text("---\nlicense: apache-2.0\ntags:\n- tiny\n---\n# Tiny\n")
@@ -378,6 +387,18 @@ def test_locale_and_odd_paths_change_nothing(processes, tiny_model, tmp_path):
         assert tensors == wanted and differing <= allowed
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems have no such names")
+def test_names_at_the_limit_of_the_file_system(tiny_model, tmp_path):
+    """A model folder that is not UTF-8, and files of 255 bytes whose characters have 1 or 4."""
+    odd = copy_of(tiny_model("llama")[0], Path(os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff")))
+    for name in ("y" * 250 + ".gguf", "🦙" * 62 + "yy.gguf"):
+        convert.convert(odd, outfile=tmp_path / name, outtype="f32")
+        found = contents(tmp_path / name)
+        assert found[0]["general.name"] == "Bad\ufffd" and found[1] == contents(tiny_model("llama")[1])[1]
+        (tmp_path / name).unlink()
+    assert list(tmp_path.iterdir()) == [odd]
+
+
 # Wrong input: one line, exit code 2, nothing written.
 
 
@@ -485,6 +506,29 @@ def test_wrong_arguments(tiny_model, tmp_path, capsys):
     out.write_bytes(b"old")
     assert "--force" in refused(capsys, out, model)
     assert out.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "tokenizer.json", "first_config.json", "adapter_config.json", "im.gguf"]
+)
+def test_an_input_is_never_replaced(name, tiny_model, tmp_path, capsys):
+    model, recipe = copy_of(tiny_model("llama")[0], tmp_path / "hf"), tmp_path / "recipe"
+    tiny.adapter(model, tiny.recipe(recipe, model), target_modules=["q_proj"])
+    (tmp_path / "im.gguf").write_bytes(b"x")
+    (tmp_path / "link").symlink_to(next(tmp_path.rglob(name)))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    options = (
+        model,
+        "--first",
+        recipe,
+        "--outtype",
+        "q4_0",
+        "--force",
+        *(("--imatrix", tmp_path / "im.gguf") * (name == "im.gguf")),
+    )
+    for out in (next(tmp_path.rglob(name)), tmp_path / "link"):
+        assert "is read, so it cannot be written to" in refused(capsys, out, *options)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
 
 
 def test_folders_that_are_not_models(tiny_model, tmp_path, capsys):

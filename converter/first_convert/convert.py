@@ -221,6 +221,7 @@ def convert(
         name = provenance.recipe_name(first)
         first = local_folder(first, weights=False)
     recipe = load_recipe(first) if first is not None else None
+    common.check_apart(outfile, [*(provenance.recipe_files(first) if first else ()), *([imatrix] if imatrix else ())])
 
     source = base_gguf if base_gguf is not None else strip
     if source is not None:
@@ -233,6 +234,8 @@ def convert(
 
     checkpoint = Checkpoint(local_folder(model_dir or "", weights=True))
     adapter = _lora_dir(recipe, None if lora is None else local_folder(lora, weights=False))
+    common.check_apart(outfile, provenance.checkpoint_files(checkpoint))
+    common.check_apart(outfile, provenance.adapter_files(adapter) if adapter else ())
     if recipe is not None:
         _check_recipe(checkpoint, recipe)
     if checkpoint.quantization and (adapter or checkpoint.quantization in ("bitsandbytes", "awq", "hqq", "eetq")):
@@ -274,10 +277,15 @@ def convert(
     with common.temporary_folder(outfile.parent, f".{outfile.name}", ".first") as folder:
         stage = folder / "model.gguf"
         _say(f"converting {count / 1e6:.1f}M weights to {middle}" + (", merging the LoRA" if adapter else ""))
+        model = _utf8(checkpoint.path)
+        if model != (clean := provenance.text(os.path.abspath(checkpoint.path))):  # no UTF-8, which tokenizers needs
+            link = folder / Path(clean).name
+            link.symlink_to(checkpoint.path.absolute())
+            model = _utf8(link)
         answer = _child(
             "first_convert.child",
             {
-                "model": _utf8(checkpoint.path),
+                "model": model,
                 "outfile": _utf8(stage),
                 "outtype": middle,
                 "pre_tokenizer": pre_tokenizer,
@@ -347,8 +355,9 @@ def _base_model(adapter: Path | None) -> str:
     """What the adapter says of its base, for provenance only; it is never looked up."""
     if adapter is None:
         return ""
-    name = read_json(adapter / ADAPTER_CONFIG_NAME).get("base_model_name_or_path") or ""
-    return Path(name).name if Path(name).exists() else name
+    name = str(read_json(adapter / ADAPTER_CONFIG_NAME).get("base_model_name_or_path") or "")
+    name = name.encode(errors="replace").decode()
+    return Path(name).name if os.path.exists(name) else name  # without an error for what no path can be
 
 
 def _from_gguf(

@@ -28,14 +28,14 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _text(name: str) -> str:
-    """A file's name as UTF-8 text, whatever the locale."""
+def text(name: str) -> str:
+    """A file's name or path as UTF-8 text, whatever the locale."""
     return os.fsencode(name).decode("utf-8", "replace")
 
 
 def sources(label: str, paths: Sequence[Path]) -> list[Source]:
     """("label/file name", checksum) of files; where they lay is nobody's business."""
-    return [(f"{label}/{_text(path.name)}", sha256(path)) for path in paths]
+    return [(f"{label}/{text(path.name)}", sha256(path)) for path in paths]
 
 
 def checkpoint_files(checkpoint: Checkpoint) -> list[Path]:
@@ -61,7 +61,7 @@ def adapter_files(directory: str | Path) -> list[Path]:
 def recipe_name(given: str | Path) -> str:
     """A recipe by its Hub name as the user gave it, else by its folder."""
     path = Path(given)
-    return _text(path.resolve().name) if path.exists() else str(given)
+    return text(path.resolve().name) if path.exists() else str(given)
 
 
 def created(wanted: bool) -> str:

@@ -98,6 +98,7 @@ def temporary_folder(parent: Path, prefix: str, suffix: str = "") -> Iterator[Pa
 
     Raises InputError where nothing can be written.
     """
+    prefix = prefix[:50]  # with 4 bytes a character, and what comes after it, still below the 255 of a name
     for old in parent.glob(f"{glob.escape(prefix)}.*{suffix}"):
         pid = old.name[len(prefix) + 1 :].split(".")[0]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
@@ -112,11 +113,16 @@ def temporary_folder(parent: Path, prefix: str, suffix: str = "") -> Iterator[Pa
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def check_apart(path: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]]) -> None:
+    """Raise InputError for a file to write that is read too."""
+    if Path(path).resolve() in {Path(name).resolve() for name in inputs}:
+        raise InputError(f"{path}: is read, so it cannot be written to as well; name another file")
+
+
 def check_output(path: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]]) -> None:
     """Raise InputError or OSError for a file that is read too, or cannot be written. What is there stays as it is."""
+    check_apart(path, inputs)
     path = Path(path)
-    if path.resolve() in {Path(name).resolve() for name in inputs}:
-        raise InputError(f"{path}: is read, so it cannot be written to as well; name another file")
     fresh = not path.exists()
     path.open("a").close()
     if fresh:
