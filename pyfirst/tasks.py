@@ -25,7 +25,9 @@ def example(row: Any, where: str, task: str, *, need_references: bool = True) ->
     """A row of a task file as Example; ``task`` is that of rows that name none. Raises InputError naming ``where``."""
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
         raise InputError(f"{where}: expected an object with a text 'prompt'")
-    references = row.get("references", [row["response"]] if "response" in row else None)
+    references = row.get("references")  # a table has a null where a row has none
+    if references is None and row.get("response") is not None:
+        references = [row["response"]]
     if references is None and not need_references:
         references = []
     elif not isinstance(references, list) or not references:
@@ -61,7 +63,9 @@ def read_examples(
         try:
             row = json.loads(raw.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
-            raise InputError(f"{where}: not UTF-8 text (byte {error.start})") from None
+            packed = raw.startswith((b"\x1f\x8b", b"\xff\xfe", b"\xfe\xff"))
+            hint = "; gzip or UTF-16, convert it to plain UTF-8 first" if packed else ""
+            raise InputError(f"{where}: not UTF-8 text (byte {error.start}){hint}") from None
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: not valid JSON ({error}); expected one object a line") from None
         examples.append(example(row, where, path.name.split(".")[0], need_references=need_references))

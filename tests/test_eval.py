@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import subprocess
@@ -409,6 +410,18 @@ def test_lines_of_a_data_file(tmp_path):
     assert second.where == f"{path}:3" and len(read_examples(path, 1)) == 1
     path.write_text(json.dumps({"task": "a\nb", "prompt": "a", "response": "b"}), encoding="utf-8")
     assert read_examples(path)[0].task == "a b"  # a row of a table stays one line
+    row = {
+        "task": None,
+        "prompt": "a",
+        "response": "b",
+        "references": None,
+    }  # what a table has for a cell that is empty
+    path.write_text(json.dumps(row), encoding="utf-8")
+    assert read_examples(path)[0].references == ["b"]
+    for packed in (gzip.compress(path.read_bytes()), json.dumps(row).encode("utf-16")):
+        path.write_bytes(packed)
+        with pytest.raises(InputError, match=r"jsonl:1: not UTF-8 text \(byte \d\); gzip or UTF-16"):
+            read_examples(path)
 
 
 @pytest.mark.parametrize(
