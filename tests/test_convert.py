@@ -139,7 +139,9 @@ def test_recipe_with_lora_is_merged_and_said_so(tiny_model, tmp_path):
     assert np.abs(logits(tmp_path / "out.gguf", ids) - truth).max() < 1e-4
 
 
-@pytest.mark.parametrize(("name", "kept"), [("x" * 5000, "x" * 5000), ("a\0b", "a\0b"), ("\ud800", "?"), (None, None)])
+@pytest.mark.parametrize(
+    ("name", "kept"), [("x" * 5000, "x" * 5000), ("a\0b", "a\0b"), ("\ud800", "?"), (None, None)], ids="abcd"
+)
 def test_any_name_of_the_adapters_base_is_only_a_name(name, kept, tiny_model, tmp_path):
     model, _ = tiny_model("llama")
     adapter = tiny.adapter(model, tmp_path / "adapter", target_modules=["q_proj"])
@@ -658,6 +660,14 @@ def test_tokenizer_json_alone_is_enough(tiny_model, tmp_path):
     convert.convert(model, outfile=tmp_path / "out.gguf", outtype="f32")
     texts = [tiny.TEXT[i : i + 40] for i in range(0, 200, 8)]
     assert check.loads(tmp_path / "out.gguf", [(text, tiny.tokenizer().encode(text)) for text in texts]) == []
+
+
+@pytest.mark.parametrize("data", [b"", b"null", b"\xef\xbb\xbf{}", b'{"a": "b', b"[" * 200_000], ids="abcde")
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_tokenizer_is_named(name, data, tiny_model, tmp_path, capsys):
+    model = copy_of(tiny_model("llama")[0], tmp_path / "hf")
+    (model / name).write_bytes(data)
+    assert f"{model / name}: " in refused(capsys, tmp_path / "out.gguf", model)
 
 
 def test_a_missing_sentencepiece_model_is_no_full_disk(tiny_model, tmp_path, capsys):

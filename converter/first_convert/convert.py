@@ -282,24 +282,28 @@ def convert(
             link = folder / Path(clean).name
             link.symlink_to(checkpoint.path.absolute())
             model = _utf8(link)
-        answer = _child(
-            "first_convert.child",
-            {
-                "model": model,
-                "outfile": _utf8(stage),
-                "outtype": middle,
-                "pre_tokenizer": pre_tokenizer,
-                "recipe": _utf8(first),
-                "lora": _utf8(adapter),
-                "drop": [duplicate] if duplicate else [],
-                "imatrix": _utf8(imatrix),
-                "base_model": _base_model(adapter),
-                "recipe_name": name,
-                "date": created,
-                "verbose": verbose,
-            },
-            folder,
-        )
+        job: dict[str, Any] = {
+            "model": model,
+            "outfile": _utf8(stage),
+            "outtype": middle,
+            "pre_tokenizer": pre_tokenizer,
+            "recipe": _utf8(first),
+            "lora": _utf8(adapter),
+            "drop": [duplicate] if duplicate else [],
+            "imatrix": _utf8(imatrix),
+            "base_model": _base_model(adapter),
+            "recipe_name": name,
+            "date": created,
+            "verbose": verbose,
+        }
+        try:
+            answer = _child("first_convert.child", job, folder)
+        except Exception:
+            # Readers of a damaged tokenizer do not say which file it is.
+            for path in (*checkpoint.path.glob("tokenizer*.json"), checkpoint.path / "generation_config.json"):
+                if path.is_file():
+                    read_json(path)
+            raise
         try:
             converted = pack.open_gguf(stage)
         except InputError as error:  # what config.json says went into the keys
