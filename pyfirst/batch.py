@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from pyfirst import fit, metadata, native
-from pyfirst.completion import Logprobs, TokenLogprob, completion_logprobs
+from pyfirst.completion import Logprobs, TokenLogprob, completion_logprobs, stop_strings
 from pyfirst.cpu import usable_cpus
 from pyfirst.errors import InputError
 from pyfirst.llama import Routing, common_prefix, pick_threshold
@@ -75,6 +75,7 @@ class Update:
 
 
 _FLOAT_MAX = float(np.finfo(np.float32).max)
+_WHOLE, _OPTIONAL = ("max_tokens", "top_k", "seed", "logprobs"), ("seed", "logprobs", "threshold")
 # name -> (lowest, highest, whether the lowest itself is allowed)
 _RANGES = {
     "temperature": (0, _FLOAT_MAX, True),
@@ -311,14 +312,22 @@ class FirstBatch:
             return pick_threshold(self._model.model, self.model_path, self.metadata, None, skip)
 
     def check(self, request: Request) -> None:
-        """Raise InputError, with the numbers, if a request cannot be served."""
+        """Raise InputError, with the numbers, if a request cannot be served; tokens, stop and mask get their types."""
         with self._alive:
-            native.check_tokens(self._model.vocab, request.tokens, "the prompt")
+            request.tokens = native.check_tokens(self._model.vocab, request.tokens, "the prompt")
         n = len(request.tokens)
         if n == 0:
             raise InputError("the prompt is empty: at least one token must decide")
         if n >= self.n_ctx:
             raise InputError(f"the prompt has {n} tokens, a sequence holds {self.n_ctx} with the answer")
+        # What ctypes refuses only later would take the other requests of a step along.
+        for name in ("max_tokens", *_RANGES, *_OPTIONAL):
+            value = getattr(request, name)
+            kinds = (int, np.integer) if name in _WHOLE else (int, float, np.integer, np.floating)
+            if isinstance(value, bool) or not (isinstance(value, kinds) or (value is None and name in _OPTIONAL)):
+                wanted = "a whole number" if name in _WHOLE else "a number"
+                raise InputError(f"{name} is {reprlib.repr(value)}, expected {wanted}")
+        request.stop = stop_strings(request.stop)
         if request.max_tokens < 1:
             raise InputError(f"max_tokens is {request.max_tokens}, expected at least 1")
         for name, (low, high, closed) in _RANGES.items():
@@ -335,7 +344,7 @@ class FirstBatch:
             if request.mask.shape != (self.n_layer,):
                 raise InputError(f"mask has shape {list(request.mask.shape)}, the model has {self.n_layer} layers")
             request.mask = request.mask.astype(bool)
-        if request.threshold is not None and (self.threshold is None or not np.isfinite(request.threshold)):
+        if request.threshold is not None and (self.threshold is None or not abs(request.threshold) <= _FLOAT_MAX):
             raise InputError(f"threshold {request.threshold}: nothing is routed here, or it is not finite")
 
     def submit(self, request: Request) -> int:
@@ -447,28 +456,30 @@ class FirstBatch:
     def _fill(self) -> None:
         """Give free sequences to waiting requests, in order; one waits on where another reads its beginning."""
         kept: deque[tuple[int, Request]] = deque()
-        while self._waiting and None in self._slots and len(kept) < self.n_parallel:
-            handle, request = self._waiting.popleft()
-            donor, n, soon = None, 0, 0
-            for seq, held in enumerate(self._held):
-                if held is not None:
-                    common = self._common(held, request)
-                    here = min(common, held.n_past)
-                    if here > n:
-                        donor, n = seq, here
-                    if self._slots[seq] is not None and held.reading:
-                        soon = max(soon, common)
-            if soon >= n + MIN_SHARED_PREFIX:
-                kept.append((handle, request))
-                continue
-            if donor is not None and self._slots[donor] is None:
-                seq = donor
-            else:
-                # A sequence that holds nothing, or else what has been there longest.
-                free = [i for i, slot in enumerate(self._slots) if slot is None]
-                seq = min(free, key=lambda i: -1 if (held := self._held[i]) is None else held.handle)
-            self._start(seq, handle, request, donor, n if donor is not None else 0)
-        self._waiting.extendleft(reversed(kept))
+        try:
+            while self._waiting and None in self._slots and len(kept) < self.n_parallel:
+                handle, request = self._waiting.popleft()
+                donor, n, soon = None, 0, 0
+                for seq, held in enumerate(self._held):
+                    if held is not None:
+                        common = self._common(held, request)
+                        here = min(common, held.n_past)
+                        if here > n:
+                            donor, n = seq, here
+                        if self._slots[seq] is not None and held.reading:
+                            soon = max(soon, common)
+                if soon >= n + MIN_SHARED_PREFIX:
+                    kept.append((handle, request))
+                    continue
+                if donor is not None and self._slots[donor] is None:
+                    seq = donor
+                else:
+                    # A sequence that holds nothing, or else what has been there longest.
+                    free = [i for i, slot in enumerate(self._slots) if slot is None]
+                    seq = min(free, key=lambda i: -1 if (held := self._held[i]) is None else held.handle)
+                self._start(seq, handle, request, donor, n if donor is not None else 0)
+        finally:
+            self._waiting.extendleft(reversed(kept))
 
     def _start(self, seq: int, handle: int, request: Request, donor: int | None, shared: int) -> None:
         """Give a sequence to a request, with ``shared`` tokens that ``donor`` holds."""
@@ -622,7 +633,7 @@ class FirstBatch:
         *,
         max_tokens: int | Sequence[int] = 16,
         masks: Sequence[Sequence[bool] | np.ndarray | None] | None = None,
-        stop: str | Sequence[str | Sequence[str] | None] = (),
+        stop: str | Sequence[str | Sequence[str] | None] | None = (),
         stream: bool = False,
         **sampling: Any,
     ) -> Any:
@@ -637,8 +648,11 @@ class FirstBatch:
             **sampling: other fields of Request, such as temperature and seed: one value or one per prompt.
 
         Raises:
-            ValueError: empty or overlong prompt, mask of the wrong length, lists of different lengths.
+            ValueError: empty or overlong prompt, mask of the wrong length, lists of different lengths, values of a
+                wrong type or out of range.
         """
+        if isinstance(prompts, (str, bytes)):
+            raise InputError(f"prompts is {reprlib.repr(prompts)}, expected a list of texts or of lists of token ids")
         names = tuple(f.name for f in fields(Request) if f.name not in ("tokens", "max_tokens", "stop", "mask"))
         unknown = sorted(set(sampling) - set(names))
         if unknown:
@@ -653,15 +667,16 @@ class FirstBatch:
 
         if masks is not None and len(masks) != len(prompts):
             raise InputError(f"masks has {len(masks)} entries for {len(prompts)} prompts")
-        stops: list[Any] = [stop] if isinstance(stop, str) else list(stop)
+        one_stop = isinstance(stop, (str, bytes)) or not isinstance(stop, Iterable)
+        stops: list[Any] = [] if stop is None else [stop] if one_stop else list(stop)
         each = any(not isinstance(entry, str) for entry in stops)
         if each and len(stops) != len(prompts):
             raise InputError(f"stop has {len(stops)} entries for {len(prompts)} prompts")
         requests = [
             Request(
-                self.tokenize(prompt) if isinstance(prompt, str) else list(prompt),
+                self.tokenize(prompt) if isinstance(prompt, str) else prompt,  # type: ignore[arg-type]
                 max_tokens=one("max_tokens", max_tokens, i),
-                stop=stops if not each else [stops[i]] if isinstance(stops[i], str) else stops[i] or (),
+                stop=stops[i] if each else stops,
                 mask=None if masks is None or masks[i] is None else np.asarray(masks[i]),
                 **{name: one(name, value, i) for name, value in sampling.items()},
             )

@@ -8,6 +8,7 @@ forms, so that the pieces of a stream always add up to the whole.
 from __future__ import annotations
 
 import codecs
+import reprlib
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +25,16 @@ import llama_cpp  # isort: skip
 
 if TYPE_CHECKING:
     from pyfirst.llama import FirstLlama
+
+
+def stop_strings(stop: str | Iterable[str] | None) -> tuple[str, ...]:
+    """One, several or no strings that end an answer. Raises InputError for anything else."""
+    if stop is None or isinstance(stop, str):
+        return () if stop is None else (stop,)
+    found = tuple(stop) if isinstance(stop, Iterable) else (stop,)
+    if not all(isinstance(entry, str) for entry in found):
+        raise InputError(f"stop is {reprlib.repr(stop)}, expected a string or a list of strings")
+    return found
 
 
 @dataclass

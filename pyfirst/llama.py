@@ -417,14 +417,12 @@ class FirstLlama(llama_cpp.Llama):
         Raises ValueError for an empty prompt, one that exceeds n_ctx and tokens that the vocabulary lacks, RuntimeError
         where another call came between.
         """
-        self._check_open()
-        tokens = list(tokens)
-        if not tokens and reset:
-            raise InputError("the prompt is empty: at least one token must decide")
-        if len(tokens) > self._n_cells:
-            raise InputError(f"the prompt has {len(tokens)} tokens, the context holds {self._n_cells}")
         with self._lock:
-            native.check_tokens(self._model.vocab, tokens, "the prompt")
+            tokens = native.check_tokens(self._model.vocab, tokens, "the prompt")
+            if not tokens and reset:
+                raise InputError("the prompt is empty: at least one token must decide")
+            if len(tokens) > self._n_cells:
+                raise InputError(f"the prompt has {len(tokens)} tokens, the context holds {self._n_cells}")
             self._turn += 1
             turn = self._turn
             if reset:
@@ -471,7 +469,10 @@ class FirstLlama(llama_cpp.Llama):
     ) -> Iterator[Any]:
         if suffix is not None:
             raise InputError("suffix: filling in the middle is not supported")
-        tokens = self.tokenize(prompt.encode(), True, True) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            tokens = self.tokenize(prompt.encode(), True, True)
+        else:
+            tokens = native.check_tokens(self._model.vocab, prompt, "the prompt")
         if tokens[:2] == [self.token_bos()] * 2:
             warnings.warn("the prompt begins with two BOS tokens; leave out the one in the text", RuntimeWarning, 3)
         room = self._n_cells - len(tokens)
@@ -499,7 +500,7 @@ class FirstLlama(llama_cpp.Llama):
                 tokens,
                 steps,
                 max_tokens=room if max_tokens is None or max_tokens <= 0 else min(max_tokens, room),
-                stop=[stop] if isinstance(stop, str) else stop or (),
+                stop=completion.stop_strings(stop),
                 logprobs=logprobs,
                 echo=echo,
                 stream=stream,

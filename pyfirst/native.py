@@ -11,6 +11,7 @@ import ctypes
 import importlib.metadata
 import logging
 import os
+import reprlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -162,14 +163,20 @@ def check_vocab(vocab: Any, model_path: str) -> None:
         raise InputError(f"{model_path}: no vocabulary in this file, so it reads and writes no text")
 
 
-def check_tokens(vocab: Any, tokens: Iterable[int], what: str) -> None:
-    """Raise InputError for a token id that the vocabulary lacks; llama.cpp ends the process for some."""
+def check_tokens(vocab: Any, tokens: Iterable[int], what: str) -> list[int]:
+    """The token ids; raises InputError for what is none, or not in the vocabulary: llama.cpp might end the process."""
     import llama_cpp
 
     n_vocab = llama_cpp.llama_vocab_n_tokens(vocab)
-    for token in tokens:
+    if isinstance(tokens, (str, bytes)) or not isinstance(tokens, Iterable):
+        raise InputError(f"{what} is {reprlib.repr(tokens)}, expected a list of token ids")
+    found = list(tokens)
+    for token in found:
+        if not isinstance(token, (int, np.integer)):
+            raise InputError(f"{what} holds {reprlib.repr(token)}, expected token ids")
         if not 0 <= token < n_vocab:
             raise InputError(f"{what} holds token {token}, the vocabulary has {n_vocab}")
+    return [int(token) for token in found]
 
 
 def token_bytes(vocab: Any, token: int, special: bool = False) -> bytes:
@@ -187,8 +194,7 @@ def token_bytes(vocab: Any, token: int, special: bool = False) -> bytes:
 
 def text_bytes(vocab: Any, tokens: Sequence[int], special: bool = False) -> bytes:
     """The bytes of a text. Raises InputError for a token id that the vocabulary lacks."""
-    check_tokens(vocab, tokens, "the text")
-    return b"".join(token_bytes(vocab, token, special) for token in tokens)
+    return b"".join(token_bytes(vocab, token, special) for token in check_tokens(vocab, tokens, "the text"))
 
 
 def _check(status: int, what: str) -> int:

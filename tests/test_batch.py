@@ -461,6 +461,62 @@ def test_context_end_is_length(files):
         assert all(r["usage"]["total_tokens"] <= 33 for r in results)
 
 
+WRONG = [
+    ("prompts", "the quick"),
+    ("prompts", b"the quick"),
+    ("prompts", [b"x"]),
+    ("prompts", [5, 6]),
+    ("prompts", [["x"]]),
+    ("prompts", [[1.5]]),
+    ("max_tokens", None),
+    ("max_tokens", "3"),
+    ("max_tokens", 1.5),
+    ("top_k", 2.5),
+    ("seed", 1.5),
+    ("seed", True),
+    ("logprobs", 0.5),
+    ("temperature", "1"),
+    ("top_p", None),
+    ("threshold", "1"),
+    ("threshold", 1e39),
+    ("stop", 5),
+    ("stop", b"x"),
+    ("stop", [["x", 5]]),
+]
+
+
+def test_numbers_of_numpy_and_no_stop_are_as_good(files):
+    with FirstBatch(files["full"][2], n_parallel=1, **F32) as batch:
+        numbers = {"max_tokens": 4, "top_k": 5, "seed": 6, "logprobs": 1}
+        expected = batch.generate([[5, 6, 7]], temperature=0.5, threshold=0.5, **numbers)[0]
+        whole = {name: np.int64(value) for name, value in numbers.items()}
+        for kind in (np.float32, np.float64):
+            options = {"temperature": kind(0.5), "threshold": kind(0.5), "stop": None}
+            found = batch.generate([np.array([5, 6, 7])], **options, **whole)[0]
+            assert found["choices"] == expected["choices"] and found["usage"] == expected["usage"]
+
+
+def test_a_step_that_fails_keeps_the_requests_that_wait(files, monkeypatch):
+    """Two of one beginning, of which the second waits for the first, and one that cannot start."""
+    stem, make = tiny.prompt(60, 1), FirstBatch._sampler
+
+    def broken(self, request):
+        if request.seed == 13:
+            raise RuntimeError("no sampler")
+        return make(self, request)
+
+    monkeypatch.setattr(FirstBatch, "_sampler", broken)
+    with FirstBatch(files["full"][2], n_parallel=3, n_batch=16, **F32) as batch:
+        good = {batch.submit(Request([*stem, token], max_tokens=2, temperature=0.0)) for token in (5, 6)}
+        batch.submit(Request([7, 8], seed=13))
+        with pytest.raises(RuntimeError, match="no sampler"):
+            batch.step()
+        done = set()
+        while batch.n_active or batch.n_waiting:
+            done |= {update.request for update in batch.step() if update.finish_reason}
+        assert done == good
+
+
 def test_bad_requests_are_value_errors_and_others_go_on(files, tmp_path):
     path = files["full"][2]
     with FirstBatch(path, n_ctx=64, n_parallel=2, **F32) as batch:
@@ -483,8 +539,9 @@ def test_bad_requests_are_value_errors_and_others_go_on(files, tmp_path):
             {"prompts": ["\ud800"]},
             {"prompts": ["a" * 3_000_000]},
             {"prompts": [good], "top_k": 2**32 + 1},
+            *({"prompts": [good], name: value} for name, value in WRONG),
         ):
-            with pytest.raises(InputError):
+            with pytest.raises(InputError, match=list(arguments)[-1].rstrip("s")):
                 batch.generate(**arguments)
         assert batch.n_waiting == 0
         assert texts(batch.generate([good], max_tokens=4, temperature=0.0)) == expected

@@ -245,3 +245,18 @@ def test_echo_streams_as_it_answers(llm):
 def test_suffix_is_refused(llm):
     with pytest.raises(InputError, match="suffix"):
         llm.create_completion("the", suffix="dog")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "wrong"),
+    [
+        (b"the", {}, "the prompt is b'the'"),
+        (["the"], {}, "the prompt holds 'the'"),
+        ([1, 5.0], {}, "the prompt holds 5.0"),
+        ("the", {"stop": 5}, "stop is 5"),
+        ("the", {"stop": ["x", None]}, "stop is .*None"),
+    ],
+)
+def test_prompts_and_stops_of_another_type_are_an_error(prompt, options, wrong, llm):
+    with pytest.raises(InputError, match=wrong):
+        llm.create_completion(prompt, **options)
