@@ -392,6 +392,18 @@ class FirstLlama(llama_cpp.Llama):
         self._live = opened
         self.routing = Routing(mask, scores, opened.prefill, threshold)
 
+    def embed(self, *args: Any, **kwargs: Any) -> Any:
+        """The parent's embeddings, of all layers: nothing is routed here. Ends a stream that is still open."""
+        with self._lock:
+            self._turn += 1
+            if self._routed:
+                native.set_routing(self.ctx, False)
+            try:
+                return super().embed(*args, **kwargs)
+            finally:
+                if self._routed:
+                    native.set_routing(self.ctx, True)
+
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens, as the parent does. The first ones after reset() are the prompt that decides."""
         self._check_open()

@@ -516,6 +516,24 @@ def test_calls_from_several_threads_wait_and_streams_are_taken_over(files):
     assert llm.create_completion(prompts[0], **GREEDY)["choices"] == truth[0]["choices"]
 
 
+@pytest.mark.parametrize("mask", [None, [1, 0, 1, 1]])
+@pytest.mark.parametrize("prefill", ["full", "skip"])
+def test_embeddings_are_the_parents_of_the_file_without_routers(prefill, mask, files, tiny_model):
+    texts = ["the quick", "def f(x):", "a"]
+    options = {**F32, "embedding": True}
+    expected = llama_cpp.Llama(str(tiny_model("llama")[1]), verbose=False, **options).embed(texts)
+    llm = FirstLlama(files[prefill][2], mask=mask, **options)
+    before = llm("the quick", **GREEDY)
+    assert before["first"]["skipped"]
+    stream = llm("the quick", stream=True, **GREEDY)
+    next(stream)
+    assert llm.embed(texts) == expected and llm.embed(texts[0]) == expected[0]
+    with pytest.raises(RuntimeError, match="took this object over"):
+        list(stream)
+    after = llm("the quick", **GREEDY)
+    assert (after["choices"], after["first"]) == (before["choices"], before["first"])
+
+
 def test_a_mask_is_for_the_call_that_names_it(files):
     """Also where another thread's call begins meanwhile, and where a chat handler makes the call in the middle."""
     llm = FirstLlama(files["full"][2], chat_format="chatml", **F32)
