@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from pyfirst import fit, metadata, native
-from pyfirst.completion import Logprobs, TokenLogprob, completion_logprobs, stop_strings
+from pyfirst.completion import MIN_TEMPERATURE, Logprobs, TokenLogprob, completion_logprobs, stop_strings
 from pyfirst.cpu import usable_cpus
 from pyfirst.errors import InputError
 from pyfirst.llama import Routing, common_prefix, pick_threshold
@@ -406,7 +406,7 @@ class FirstBatch:
         sampler.add_penalties(
             self._model.n_vocab(), 64, request.repeat_penalty, request.frequency_penalty, request.presence_penalty
         )
-        if request.temperature <= 0:
+        if request.temperature < MIN_TEMPERATURE:
             sampler.add_greedy()
             return sampler
         sampler.add_top_k(request.top_k)

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from pyfirst.llama import FirstLlama
 
 
+# Below this only the likeliest token is left, and logits divided by it may be infinite.
+MIN_TEMPERATURE = 1e-30
+
+
 def stop_strings(stop: str | Iterable[str] | None) -> tuple[str, ...]:
     """One, several or no strings that end an answer. Raises InputError for anything else."""
     if stop is None or isinstance(stop, str):

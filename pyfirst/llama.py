@@ -504,6 +504,8 @@ class FirstLlama(llama_cpp.Llama):
         if self.cache:
             self._restore_cached(tokens)
         self.set_seed(random.Random(self._seed).randrange(2**32 - 1) if seed is None else seed)
+        if 0 < temperature < completion.MIN_TEMPERATURE:
+            temperature = 0.0
         steps = self.generate(tokens, temp=temperature, logits_processor=logits_processor, **sampling)
         with contextlib.closing(steps):
             yield from completion.complete(

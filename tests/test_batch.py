@@ -496,6 +496,16 @@ def test_numbers_of_numpy_and_no_stop_are_as_good(files):
             assert found["choices"] == expected["choices"] and found["usage"] == expected["usage"]
 
 
+@pytest.mark.parametrize("temperature", [1e-46, 1e-44, 1e-38, 1e-31, 1e-29])
+def test_a_tiny_temperature_takes_the_likeliest_token(temperature, files):
+    path, prompt, options = files["full"][2], tiny.prompt(9, 1), {"max_tokens": 8, "seed": 1}
+    expected = solo(path, prompt, 8)[0]
+    with FirstBatch(path, n_parallel=1, **F32) as batch:
+        assert texts(batch.generate([prompt], temperature=temperature, **options)) == [expected]
+    llm = FirstLlama(path, n_ctx=256, **F32)
+    assert texts([llm.create_completion(prompt, temperature=temperature, **options)]) == [expected]
+
+
 def test_a_step_that_fails_keeps_the_requests_that_wait(files, monkeypatch):
     """Two of one beginning, of which the second waits for the first, and one that cannot start."""
     stem, make = tiny.prompt(60, 1), FirstBatch._sampler
