@@ -503,7 +503,10 @@ class FirstLlama(llama_cpp.Llama):
             logits_processor = llama_cpp.LogitsProcessorList([*(logits_processor or ()), biased])
         if self.cache:
             self._restore_cached(tokens)
-        self.set_seed(random.Random(self._seed).randrange(2**32 - 1) if seed is None else seed)
+        if seed is None:
+            # As the parent draws it, but never LLAMA_DEFAULT_SEED, which makes the sampler draw another.
+            seed = random.Random(int(self._seed)).randint(0, 2**32) % (2**32 - 1)
+        self.set_seed(seed)
         if 0 < temperature < completion.MIN_TEMPERATURE:
             temperature = 0.0
         steps = self.generate(tokens, temp=temperature, logits_processor=logits_processor, **sampling)

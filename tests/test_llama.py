@@ -620,6 +620,17 @@ def test_a_seed_means_the_same_everywhere(files):
     assert all(skipped == first[1] for _, skipped in drawn)
 
 
+def test_calls_without_a_seed_draw_the_parents(tiny_model):
+    path = tiny_model("llama")[1]
+    parent = llama_cpp.Llama(str(path), seed=42, verbose=False, **F32)
+    llm = FirstLlama(path, seed=np.int64(42), **F32)
+    for seed in (None, None, 5, None):
+        # Where a character has several tokens, the parent's texts can be longer.
+        parent("the quick", seed=seed, max_tokens=1)
+        llm("the quick", seed=None if seed is None else np.int64(seed), max_tokens=1)
+        assert llm._seed == parent._seed
+
+
 def test_the_end_of_the_context_is_an_error_or_length(files, tiny_model, tmp_path):
     llm = FirstLlama(files["full"][2], **{**F32, "n_ctx": 64})
     options = {"temperature": 0.0, "logit_bias": {llm.token_eos(): -100.0}}
