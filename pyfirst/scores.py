@@ -64,10 +64,12 @@ def draw(tasks: Sequence[str], seed: int, resamples: int = RESAMPLES) -> np.ndar
     return weights
 
 
-def _interval(value: float, samples: np.ndarray) -> dict[str, float | None]:
+def _interval(value: float, samples: np.ndarray, resampled: bool) -> dict[str, float | None]:
     finite = samples[np.isfinite(samples)]
     if not np.isfinite(value) or not len(finite):
         return {"value": None, "low": None, "high": None}
+    if not resampled:
+        return {"value": value, "low": None, "high": None}
     low, high = np.percentile(finite, (2.5, 97.5))
     return {"value": value, "low": float(low), "high": float(high)}
 
@@ -75,12 +77,17 @@ def _interval(value: float, samples: np.ndarray) -> dict[str, float | None]:
 def estimate(
     statistic: Statistic, weights: np.ndarray, chosen: np.ndarray, first: Statistic | None = None
 ) -> dict[str, Any]:
-    """{"value", "low", "high"} with the 95% interval, and "difference", the same against ``first``, paired."""
+    """{"value", "low", "high"} with the 95% interval, and "difference", the same against ``first``, paired.
+
+    low and high are None where fewer than two examples that count were resampled: one example alone does not vary.
+    """
     value, samples = statistic.of(chosen), statistic.resampled(weights, chosen)
-    result: dict[str, Any] = _interval(value, samples)
+    counts = statistic.rows[chosen].any(1) & (np.ptp(weights[:, chosen], 0) > 0)
+    several = bool(counts.sum() > 1)
+    result: dict[str, Any] = _interval(value, samples, several)
     result["difference"] = None
     if first is not None:
-        result["difference"] = _interval(value - first.of(chosen), samples - first.resampled(weights, chosen))
+        result["difference"] = _interval(value - first.of(chosen), samples - first.resampled(weights, chosen), several)
     return result
 
 

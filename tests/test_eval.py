@@ -231,6 +231,22 @@ def test_differences_are_paired():
     assert same == {"value": 0, "low": 0, "high": 0}
 
 
+@pytest.mark.parametrize(
+    ("tasks", "counted", "several"),
+    [("aab", 3, True), ("aab", 2, True), ("ab", 2, False), ("a", 1, False), ("aa", 1, False)],
+)
+def test_one_example_has_no_interval(tasks, counted, several):
+    """Nor have several that are each alone in its task, nor those of which one counts for the score."""
+    ones = (np.arange(len(tasks)) < counted).astype(float)
+    rows = [np.stack([ones * np.arange(1, len(tasks) + 1) * factor, ones], 1) for factor in (1, 2)]
+    found = scores.estimate(
+        scores.Statistic(rows[1]), scores.draw(tasks, 0), np.arange(len(tasks)), scores.Statistic(rows[0])
+    )
+    assert found["value"] == counted + 1 and found["difference"]["value"] == (counted + 1) / 2
+    for part in (found, found["difference"]):
+        assert (part["low"] is not None, part["high"] is not None) == (several, several)
+
+
 def test_resamples_keep_each_tasks_size_and_the_seed():
     tasks = ["a"] * 3 + ["b"] * 5
     weights = scores.draw(tasks, 7, 50)

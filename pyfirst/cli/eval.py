@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Score GGUF models on JSON lines of prompts and references, in the runtime that will serve them.\n"
         "Systems are files and modes: dense, routed (the routers decide), static:3,5,7 (these layers are left\n"
         "out), even:N (N evenly spaced layers), random:N; even and random keep the first and the last layer.\n"
-        "Every score has a 95% bootstrap interval, and its difference to the first system has one too.",
+        "Scores of two or more examples have a 95% bootstrap interval, their difference to the first system too.",
         "first-eval -m smollm2-first.gguf --data test.jsonl --compare dense routed even:7 --limit 100",
     )
     add = parser.add_argument
@@ -113,10 +113,16 @@ def _value(estimate: dict[str, Any] | None, digits: int, signed: bool = False) -
 
 
 def _range(estimate: dict[str, Any] | None, digits: int, signed: bool = False) -> str:
-    if estimate is None or estimate["value"] is None:
+    if estimate is None or estimate["low"] is None:
         return ""
     sign = "+" if signed else ""
     return f"{estimate['low']:{sign}.{digits}f}..{estimate['high']:{sign}.{digits}f}"
+
+
+def _estimate(estimate: dict[str, Any], digits: int, signed: bool = False) -> str:
+    """Value and interval in one cell."""
+    interval = _range(estimate, digits, signed)
+    return _value(estimate, digits, signed) + (f" ({interval})" if interval else "")
 
 
 def _kept(scores: dict[str, Any]) -> str:
@@ -126,7 +132,7 @@ def _kept(scores: dict[str, Any]) -> str:
 
 def _clear(difference: dict[str, Any] | None) -> str:
     """A star where the interval of a difference leaves out 0."""
-    if difference is None or difference["value"] is None:
+    if difference is None or difference["low"] is None:
         return ""
     return "*" if difference["low"] > 0 or difference["high"] < 0 else ""
 
@@ -171,7 +177,7 @@ def text(result: dict[str, Any]) -> str:
                 blocks.append(["", "", "", *(_range(gap, digits, True) for gap, digits in gaps)])
         widths = [max(len(row[i]) for row in blocks) for i in range(len(blocks[0]))]
         widths[0] = width
-        for row in blocks:
+        for row in filter(any, blocks):
             cells = [row[0].ljust(width), *(cell.rjust(size) for cell, size in zip(row[1:], widths[1:], strict=True))]
             lines.append("  ".join(cells).rstrip())
         lines.append("")
@@ -192,11 +198,9 @@ def markdown(result: dict[str, Any]) -> str:
             cells = [heading, system["name"], _kept(scores), str(scores["distinct_masks"])]
             for name in names:
                 found, digits = scores[name], COLUMNS[name][1]
-                cell = f"{_value(found, digits)} ({_range(found, digits)})" if _range(found, digits) else "-"
-                gap = found["difference"]
-                if gap and _range(gap, digits):
-                    star = "\\*" if _clear(gap) else ""
-                    cell += f"<br>{star}{_value(gap, digits, True)} ({_range(gap, digits, True)})"
+                cell, gap = _estimate(found, digits), found["difference"]
+                if gap and gap["value"] is not None:
+                    cell += "<br>" + ("\\*" if _clear(gap) else "") + _estimate(gap, digits, True)
                 cells.append(cell)
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     masks = _masks(result)
