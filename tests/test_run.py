@@ -252,6 +252,31 @@ def test_chat_on_stdin_remembers_and_keeps_its_mask(routed, capfd, monkeypatch):
     assert out.startswith(first + "\n")
 
 
+def test_a_message_that_is_not_utf8_is_one_line(plain, capfd, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello\ncaf\xe9\n"), encoding="utf-8"))
+    code, out, err = said(capfd, "-m", plain, "--chat", "-n", 2, "--temp", 0)
+    assert code == 2 and out.count("\n") >= 1 and "kept" in err.splitlines()[0]  # what came before is answered
+    assert err.splitlines()[-1] == "first-run: error: the message on stdin is not UTF-8 text"
+
+
+@pytest.mark.parametrize(
+    ("closed", "options", "message"),
+    [
+        ("<&-", "--chat", "stdin is closed"),
+        ("<&-", "-f -", "stdin is closed"),
+        ("<&-", "-f - --parallel 2 --json", "stdin is closed"),
+        (">&-", "-p x", "stdout is closed"),
+        ("<&-", "-p x -n 2", None),
+    ],
+)
+def test_what_is_closed_is_named(closed, options, message, plain):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = f"'{sys.executable}' -m pyfirst.cli.run -m '{plain}' {options} {closed}"
+    done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True)
+    assert done.returncode == (2 if message else 0) and len(done.stderr.splitlines()) == 1, done.stderr
+    assert message is None or done.stderr.startswith(f"first-run: error: {message}")
+
+
 def test_a_long_chat_forgets_its_oldest_turns(routed, capfd, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello there\n" * 5))
     code, _, err = said(capfd, "-m", routed, "--chat", "-n", 10, "-c", 60, "--seed", 1)

@@ -78,6 +78,10 @@ def parse_layers(text: str) -> list[int]:
 def _check(args: argparse.Namespace) -> None:
     """Refuse impossible options before anything is loaded. Raises InputError."""
     common.check_model_options(args)
+    if sys.stdout is None:
+        raise InputError("stdout is closed, the answer has nowhere to go; send it to a file or to /dev/null")
+    if sys.stdin is None and (args.file == "-" or (args.prompt is None and args.file is None)):
+        raise InputError("stdin is closed; give a prompt with -p or -f")
     if args.parallel is not None:
         if args.parallel < 1:
             raise InputError(f"--parallel is {args.parallel}, expected at least 1")
@@ -181,11 +185,14 @@ def _fit(session: Session, history: list[dict[str, str]], n_predict: int) -> Non
 def converse(session: Session, *, n_predict: int = 128, **options: Any) -> None:
     """Answer each line of stdin as the next message of one chat, until it ends. Raises InputError."""
     terminal = sys.stdin.isatty()
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # the messages before one that is not UTF-8 are answered
     history: list[dict[str, str]] = []
     while True:
         if terminal:
             print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
+        common.check_text("the message on stdin", line)
         if not line:
             break
         if not line.strip():
