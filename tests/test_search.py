@@ -116,6 +116,15 @@ def test_fitted_routers_give_prompts_the_mask_of_their_task(folder, prefill):
     assert not model.routers.weight[2].any()
 
 
+def test_a_threshold_may_skip_every_unprotected_layer(folder):
+    model = wrapped(folder, "full")
+    torch.nn.init.normal_(model.routers.weight, generator=torch.Generator().manual_seed(3))
+    some, _ = examples(4)
+    for skipped in range(4):
+        model.threshold.fill_(report.threshold_for(model, some, 2, skipped / 4))
+        assert int((~report.losses(model, some, 2)[1]).sum()) == 4 * skipped
+
+
 @pytest.mark.parametrize("prefill", ["full", "skip"])
 def test_the_order_is_that_of_the_losses_without_each_layer(folder, prefill):
     model = wrapped(folder, prefill)

@@ -399,6 +399,39 @@ def test_answers_are_the_tokens_that_are_scored(tiny_model, template, answer):
     llm.close()
 
 
+def test_a_template_without_the_users_turn_is_refused():
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    tokenizer.chat_template = "{% for m in messages if m['role'] == 'assistant' %}{{ m['content'] }}{% endfor %}"
+    tokenizer.name_or_path = "my-model"
+    with pytest.raises(InputError, match=r"tasks:7: no token is left .* chat template of my-model"):
+        load_examples([Example("a", "fox", ["dog"], "tasks:7")], tokenizer, 60)
+
+
+def test_a_task_that_is_only_held_back_is_told(folder, data, tmp_path, capsys):
+    path = tmp_path / "some.jsonl"
+    lines = data.read_text(encoding="utf-8") + json.dumps({"prompt": "solo", "response": "fox", "task": "rare"})
+    path.write_text(lines, encoding="utf-8")
+    assert main(arguments(folder, path, tmp_path / "out", "--phase", "routers")) == 0
+    words = "nothing of rare was trained"
+    assert capsys.readouterr().err.startswith(f"warning: {words}")
+    assert words in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("skip", ["a lot", None, 7, True])
+def test_the_share_that_a_recipe_names_is_a_share(folder, data, tmp_path, capsys, skip):
+    recipe = tiny.recipe(tmp_path / "recipe", folder, training={"options": {"target_skip": skip}})
+    assert main(arguments(folder, data, tmp_path / "out", "--phase", "lora", "--recipe", str(recipe))) == 2
+    words = f"first_config.json: 'training.options.target_skip' is {skip!r}"
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_one_mask_is_no_collapse_where_no_other_is_possible(folder, data, tmp_path):
+    more = ("--phase", "routers", "--protect", "none", "--target-skip", "0.75")
+    assert main(arguments(folder, data, tmp_path / "out", *more)) == 0
+    training = load_recipe(tmp_path / "out").config.training
+    assert (training["held_back"]["skipped"], training["warnings"]) == (0.75, [])
+
+
 @pytest.mark.parametrize("targets", [(), ("--lora-targets", "q_proj,o_proj")])
 def test_only_the_language_model_of_a_multimodal_parent_learns(targets, data, tmp_path):
     folder, out = tiny.multimodal(tmp_path / "hf"), tmp_path / "out"

@@ -105,12 +105,17 @@ def load_examples(
     """Encode rows; prompts that are too long lose their end, before the template closes around them.
 
     Returns the examples and counts of ``shortened`` prompts and ``dropped`` examples (those whose response
-    leaves no room for a prompt within ``max_length`` tokens).
+    leaves no room for a prompt within ``max_length`` tokens). Raises InputError for a prompt without a token.
     """
     examples, counts = [], {"shortened": 0, "dropped": 0}
     for row in rows:
         text, answer = row.prompt, row.references[0]
         prompt, response = encode(tokenizer, text, answer)
+        if not prompt:
+            raise InputError(
+                f"{row.where}: no token is left of the prompt; look at the tokenizer and chat template of "
+                f"{tokenizer.name_or_path}, which must render a user's turn"
+            )
         excess = len(prompt) + len(response) - max_length
         if excess > 0:
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -88,9 +88,10 @@ def threshold_for(model: FirstModel, held: Sequence[Example], batch_size: int, s
 
     if model.prefill == "full":  # scores do not depend on the masks
         share = skip * model.block_count / int((~model.protected).sum())
-        place = min(max(round(share * len(ordered)), 0), len(ordered) - 1)
+        place = min(max(round(share * len(ordered)), 0), len(ordered))
+        above = ordered[place] if place < len(ordered) else 1.0  # all are skipped
         # Between two scores, so that rounding elsewhere does not turn a decision over.
-        return float((ordered[max(place - 1, 0)] + ordered[place]) / 2)
+        return float((ordered[max(place - 1, 0)] + above) / 2)
     low, high = float(ordered[0]), float(ordered[-1])
     for _ in range(8):
         middle = (low + high) / 2

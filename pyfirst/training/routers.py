@@ -517,7 +517,8 @@ class FirstModel(nn.Module):
             keep: bool [L] or [B, L] to force masks.
             kwargs: passed on to ``generate``; the cache is always on and our own.
 
-        Returns the token ids, prompts included, and the masks bool [B, L] that were used.
+        Returns the token ids, prompts included, and the masks bool [B, L] that were used; with n beams or answers
+        to a prompt [n * B, L], each row n times.
         Rows of a batch that skip the same layer save its work; a layer that some row keeps is computed once.
         """
         if attention_mask is None:

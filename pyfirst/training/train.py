@@ -180,7 +180,10 @@ def settle_options(
     if earlier:  # what its routers were trained with, whatever the defaults are
         own = {name: getattr(earlier.config, name) for name in ("prefill", "window", "router_norm")}
         own["protect"] = ",".join(map(str, earlier.config.protected)) or "none"
-        own["target_skip"] = earlier.config.training.get("options", {}).get("target_skip", args.target_skip)
+        skip = own["target_skip"] = earlier.config.training.get("options", {}).get("target_skip", args.target_skip)
+        if isinstance(skip, bool) or not (isinstance(skip, (int, float)) and 0 <= skip < 1):
+            key = f"{Path(args.recipe) / CONFIG_NAME}: 'training.options.target_skip'"
+            raise InputError(f"{key} is {skip!r}, expected a number from 0 to below 1")
         args = argparse.Namespace(**{**vars(args), **own})
     config = (
         copy.deepcopy(earlier.config)
@@ -374,12 +377,17 @@ def train(args: argparse.Namespace) -> Path:
     count, width = text_config.num_hidden_layers, text_config.hidden_size
     args, config, removals = settle_options(args, earlier, count, width)
     unprotected = count - len(config.protected)
+    possible = min(unprotected, count - 1)  # of layers to leave out
     target_keep = max(0.0, 1 - args.target_skip * count / unprotected)
 
     examples, counts = tokenized(args, rows, base, tokenizer)
     training, held = hold_back(examples, args.hold_back, args.seed)
     if not training:
         raise InputError(f"{args.data[0]}: no task has two different prompts; nothing is left to train on")
+    faults = []
+    if absent := sorted({e.task for e in held} - {e.task for e in training}):
+        faults.append(f"nothing of {', '.join(absent)} was trained: a task needs two prompts, one to hold back")
+        report.say(f"warning: {faults[0]}")
     per_step = args.batch_size * args.grad_accum * int(os.environ.get("WORLD_SIZE", "1"))
     steps = args.steps or max(1, round((args.epochs or 1) * len(training) / per_step))
 
@@ -411,7 +419,7 @@ def train(args: argparse.Namespace) -> Path:
         checkpoints.drop_halves(work)
     tasks = sorted({e.task for e in training})
     least = removals // 2  # even the hardest task
-    most = min(2 * removals - least, unprotected, count - 1)  # even the easiest one
+    most = min(2 * removals - least, possible)  # even the easiest one
     routed = len(tasks) > 1 and not args.static and args.target_skip > 0
 
     def sample(size: int = args.prior_examples) -> list[Example]:
@@ -489,8 +497,8 @@ def train(args: argparse.Namespace) -> Path:
         raise InputError(NOT_FINITE)
     config.calibration = report.calibration(model, held, args.batch_size)
     results["seconds"] = round(time.monotonic() - started)
-    faults = [w for entry in history for w in entry.pop("warnings")]
-    several = args.phase != "lora" and 0 < removals < unprotected and (routed or args.objective != "search")
+    faults += [w for entry in history for w in entry.pop("warnings")]
+    several = args.phase != "lora" and 0 < removals < possible and (routed or args.objective != "search")
     if several and results["masks"] == 1 and len(held) > 1 and not any("collapsed" in fault for fault in faults):
         faults.append("routing collapsed: every held-back prompt got the same mask")
     if abs(results["skipped"] - args.target_skip) > 0.05:
