@@ -26,7 +26,8 @@ ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads, a JSON object whose keys are all different. Raises ValueError."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
@@ -40,7 +41,7 @@ def read_json(path: Path, *, once: bool = False) -> dict[str, Any]:
     Files of others keep the last value of such a key, as for transformers.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once if once else None)
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique if once else None)
     except FileNotFoundError:
         raise InputError(f"{path}: not found") from None
     except (ValueError, RecursionError) as error:

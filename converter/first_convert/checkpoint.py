@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pyfirst.errors import InputError
-from pyfirst.recipe import ADAPTER_CONFIG_NAME, CONFIG_NAME, read_json
+from pyfirst.recipe import ADAPTER_CONFIG_NAME, CONFIG_NAME, read_json, unique
 
 BYTES = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
@@ -62,15 +62,6 @@ def _family(activation: str) -> str:
     return "gelu" if activation.startswith("gelu") else activation.replace("swish", "silu")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys are all different."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"'{next(name for name in names if names.count(name) > 1)}' is there twice")
-    return found
-
-
 def safetensors_header(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file by name, which fill it without overlaps. Raises InputError naming the file."""
     try:
@@ -79,7 +70,7 @@ def safetensors_header(path: Path) -> dict[str, Tensor]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, 100 << 20):
                 raise InputError(f"{path}: cut short or not a safetensors file ({size} bytes)")
-            header = json.loads(file.read(length), object_pairs_hook=_unique)
+            header = json.loads(file.read(length), object_pairs_hook=unique)
         header.pop("__metadata__", None)
         tensors = {}
         for name, entry in header.items():
