@@ -131,7 +131,6 @@ class _Job:
 
     Attributes:
         index: place among the choices of the answer, which share ``updates``.
-        begun: a part of the answer was streamed, so its role is known.
     """
 
     request: Request
@@ -141,7 +140,6 @@ class _Job:
     handle: int = -1
     routing: Routing | None = None
     n_generated: int = 0
-    begun: bool = False
     cancelled: bool = False
 
     def put(self, item: Update | BaseException) -> None:
@@ -465,10 +463,11 @@ def create_app(engine: Engine) -> FastAPI:
             assert job.routing is not None
             return {"first": job.routing.report()}
 
-        def choice(job: _Job, text: str, scored: list[TokenLogprob], reason: str | None) -> dict[str, Any]:
+        def choice(
+            job: _Job, text: str, scored: list[TokenLogprob], reason: str | None, begun: bool = False
+        ) -> dict[str, Any]:
             if starts is None:
-                # Clients join what the deltas hold, the role too.
-                role = {} if job.begun else {"role": "assistant"}
+                role = {} if begun else {"role": "assistant"}
                 content: dict[str, Any] = {"delta" if body.stream else "message": {**role, "content": text}}
                 logprobs = chat_logprobs(scored)
             else:
@@ -485,16 +484,19 @@ def create_app(engine: Engine) -> FastAPI:
             return JSONResponse({**base, "object": kind, "choices": choices, "usage": usage(jobs, body.n), **first})
 
         async def events() -> AsyncIterator[str]:
+            # As at OpenAI: clients join what the deltas of a choice hold, and take the choices in this order.
+            roles = [choice(job, "", [], None) for job in jobs] if chat else []
             try:
                 async for job, update in updates(jobs):
-                    chunk = {
-                        **base,
-                        "object": kind + (".chunk" if chat else ""),
-                        "choices": [choice(job, update.text, update.logprobs, update.finish_reason)],
-                        **({} if several else report(job)),
-                    }
-                    job.begun = True
-                    yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+                    for part in (*roles, choice(job, update.text, update.logprobs, update.finish_reason, True)):
+                        chunk = {
+                            **base,
+                            "object": kind + (".chunk" if chat else ""),
+                            "choices": [part],
+                            **({} if several else report(job)),
+                        }
+                        yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+                    roles = []
                     await asyncio.sleep(0)  # lets the loop notice a client that has hung up
                 if body.stream_options.include_usage:
                     last = {"object": kind + (".chunk" if chat else ""), "choices": [], "usage": usage(jobs, body.n)}

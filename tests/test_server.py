@@ -24,6 +24,8 @@ import tiny
 from pyfirst import FirstBatch, FirstLlama
 
 CONTEXT = 128
+# With this seed and the three after it no answer ends by itself.
+LONG = {"prompt": "the quick", "max_tokens": 400, "temperature": 1, "seed": 20}
 SOAK_SECONDS = float(os.environ.get("PYFIRST_SOAK_SECONDS", "20"))
 
 
@@ -452,7 +454,7 @@ def slowed(model, monkeypatch, seconds_per_token: float):
 @pytest.mark.parametrize("what", ["stream", "whole", "four choices", "list", "prompt"])
 def test_hung_up_clients_free_their_sequences_within_a_second(what, model, monkeypatch):
     """Answers that would go on for a long time, and a prompt that takes ten seconds to read."""
-    body, n = {"prompt": "the quick", "max_tokens": 400, "temperature": 1, "stream": True}, 1
+    body, n = {**LONG, "stream": True}, 1
     if what == "whole":
         body["stream"] = False
     elif what == "four choices":
@@ -615,10 +617,9 @@ def test_requests_during_shutdown_end_and_the_process_too(model):
 
 def test_what_shutting_down_ends_is_told_so(model, monkeypatch, capfd):
     monkeypatch.setattr("pyfirst.server.GRACE", 0.5)
-    body = {"prompt": "the quick", "max_tokens": 400, "temperature": 1}
     with ThreadPoolExecutor(8) as pool:
         with slowed(model, monkeypatch, 0.02) as (url, batch):
-            bodies = [{**body, "stream": i % 2 == 1} for i in range(8)]
+            bodies = [{**LONG, "stream": i % 2 == 1} for i in range(8)]
             asked = [pool.submit(httpx.post, f"{url}/v1/completions", json=b, timeout=60) for b in bodies]
             while batch.n_active + batch.n_waiting < len(asked):
                 time.sleep(0.01)
