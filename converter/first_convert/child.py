@@ -23,7 +23,7 @@ from first_convert import merge, pack, provenance
 from first_convert.checkpoint import Checkpoint, is_tokenizer
 from first_convert.upstream import by_rules, convert_hf_to_gguf
 from pyfirst.errors import InputError
-from pyfirst.recipe import ADAPTER_CONFIG_NAME, load_recipe
+from pyfirst.recipe import load_recipe
 
 PROBES = (
     "Hello, world! It's 12345 and 3.14.",
@@ -101,11 +101,6 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     checkpoint = Checkpoint(job["model"])
     for name in job["drop"]:
         checkpoint.tensors.pop(name, None)
-    if not job["lora"] and (checkpoint.path / ADAPTER_CONFIG_NAME).is_file():  # transformers would apply it
-        raise InputError(
-            f"{checkpoint.path}: holds a LoRA too; give --lora {checkpoint.path} to merge it, or move "
-            f"{ADAPTER_CONFIG_NAME} away"
-        )
     checkpoint.transformers_config()
     recipe = load_recipe(job["recipe"]) if job["recipe"] else None
     # A second core reads and hashes while this one imports and plans, and tokenizes while it writes.

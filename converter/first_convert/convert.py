@@ -234,6 +234,11 @@ def convert(
 
     checkpoint = Checkpoint(local_folder(model_dir or "", weights=True))
     adapter = _lora_dir(recipe, None if lora is None else local_folder(lora, weights=False))
+    if adapter is None and (checkpoint.path / ADAPTER_CONFIG_NAME).is_file():  # transformers would apply it
+        raise InputError(
+            f"{checkpoint.path}: holds a LoRA too; give --lora {checkpoint.path} to merge it, or move "
+            f"{ADAPTER_CONFIG_NAME} away"
+        )
     common.check_apart(outfile, provenance.checkpoint_files(checkpoint))
     common.check_apart(outfile, provenance.adapter_files(adapter) if adapter else ())
     if recipe is not None:
@@ -271,6 +276,7 @@ def convert(
         if adapter:
             from first_convert import merge
 
+            checkpoint.tensors.pop(duplicate or "", None)
             plan["lora"] = merge.summary(merge.plan(checkpoint, adapter))
         return plan
 
