@@ -541,7 +541,7 @@ def test_a_data_set_by_name(monkeypatch):
     assert read_rows("me/mine:dev") == [Example("mine", "me/mine", ["dev"], "me/mine:dev: row 0")]
     assert read_rows("me/mine:train[:10%]")[0].references == ["train[:10%]"]
     fake.load_dataset = lambda name, split: Table([{"prompt": name, "response": None}])
-    with pytest.raises(InputError, match="row 0: the response or a reference"):
+    with pytest.raises(InputError, match="row 0: expected 'references'"):
         read_rows("me/mine")
     fake.load_dataset = lambda name, split: Table([{"prompt": "half \ud83d", "response": "a", "task": "two\nlines"}])
     with pytest.raises(InputError, match="row 0: half of a UTF-16 pair"):

@@ -128,19 +128,6 @@ def quantize(
     from llama_cpp._logger import llama_log_callback
 
     sizes = {tensor.name: tensor.size for tensor in open_gguf(source).tensors}
-    lines: list[str] = []
-    current: list[str] = []
-    progress = bar("Quantising", sum(sizes.values()))
-
-    @llama_cpp.llama_log_callback
-    def log(level: int, text: bytes, user_data: Any) -> None:
-        line = text.decode("utf-8", "replace")
-        lines.append(line)
-        if step := re.match(r"\[ *\d+/ *\d+\] +(\S+) ", line):
-            progress.update(sizes.get(current[-1], 0) if current else 0)
-            current.append(step[1])
-
-    llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.nthread = TYPES[kind], threads
     params.max_buf_size = 256 << 20
@@ -154,6 +141,19 @@ def quantize(
             )
         array, keep = _structures(matrix)
         params.imatrix = ctypes.cast(array, type(params.imatrix))
+    lines: list[str] = []
+    current: list[str] = []
+    progress = bar("Quantising", sum(sizes.values()))
+
+    @llama_cpp.llama_log_callback
+    def log(level: int, text: bytes, user_data: Any) -> None:
+        line = text.decode("utf-8", "replace")
+        lines.append(line)
+        if step := re.match(r"\[ *\d+/ *\d+\] +(\S+) ", line):
+            progress.update(sizes.get(current[-1], 0) if current else 0)
+            current.append(step[1])
+
+    llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
     try:
         status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(params))
     finally:
