@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from first_convert.ggufio import Entry, Gguf, rewrite
 from first_convert.upstream import gguf
 from pyfirst import metadata as key
 from pyfirst.errors import InputError, check_whole
+from pyfirst.info import Header, mistyped, opened
 from pyfirst.recipe import Recipe
 
 
@@ -78,11 +79,11 @@ def describe(metadata: Any, recipe: Recipe | None, base_model: str, cards: Seque
         metadata.base_models = [entry]
 
 
-def open_gguf(path: str | Path) -> Gguf:
-    """One whole, unsplit GGUF. Raises InputError naming the fault."""
-    from pyfirst.info import opened
-
-    with opened(path):  # llama.cpp's own reader refuses what Gguf does not look for, a key that is there twice
+def open_gguf(path: str | Path, check: Callable[[Header], None] | None = None) -> Gguf:
+    """One whole, unsplit GGUF whose keys pass ``check``. Raises InputError naming the fault."""
+    with opened(path) as header:  # llama.cpp's own reader refuses more, a key that is there twice
+        if check is not None:
+            check(header)
         source = Gguf(path)
     check_whole(source, path)
     return source
@@ -90,14 +91,14 @@ def open_gguf(path: str | Path) -> Gguf:
 
 def open_base(path: str | Path, *, replace: bool) -> Gguf:
     """A GGUF whose routers are to ``replace``, or to remove. Raises InputError, also for keys of another type."""
-    from pyfirst.info import mistyped, opened
 
-    with opened(path) as header:
+    def check(header: Header) -> None:
         if replace and (wrong := mistyped(header)):
             raise InputError(f"{path}: {wrong[0]}; --strip removes all first.* keys")
         if (kind := header.kind("general.tags")) not in (None, "str[]"):
             raise InputError(f"{path}: general.tags is {kind}, expected str[]")
-    return open_gguf(path)
+
+    return open_gguf(path, check)
 
 
 def check_lora(recipe: Recipe) -> None:

@@ -141,6 +141,8 @@ def run(
     command_line = build_parser()
     args, prog = command_line.parse_args(argv), command_line.prog
     try:
+        if sys.stdout is None:
+            raise InputError("stdout is closed, the answer has nowhere to go; send it to a file or to /dev/null")
         command(args)
         sys.stdout.flush()
         return 0

@@ -78,8 +78,6 @@ def parse_layers(text: str) -> list[int]:
 def _check(args: argparse.Namespace) -> None:
     """Refuse impossible options before anything is loaded. Raises InputError."""
     common.check_model_options(args)
-    if sys.stdout is None:
-        raise InputError("stdout is closed, the answer has nowhere to go; send it to a file or to /dev/null")
     if sys.stdin is None and (args.file == "-" or (args.prompt is None and args.file is None)):
         raise InputError("stdin is closed; give a prompt with -p or -f")
     if args.parallel is not None:
