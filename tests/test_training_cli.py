@@ -374,6 +374,16 @@ def test_wrong_options_end_in_one_line(folder, data, tmp_path, capsys, more, wor
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", '{"added_tokens": [{"id": "x"}]}'])
+def test_a_damaged_tokenizer_is_named(folder, data, tmp_path, capsys, content):
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    (broken / "tokenizer.json").write_text(content, encoding="utf-8")
+    assert main(arguments(broken, data, tmp_path / "out")) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert str(broken) in last and "tokenizer.json" in last and "causal" not in last
+
+
 @pytest.mark.parametrize("epochs", ["0", "-1", "nan", "inf"])
 def test_epochs_are_a_positive_number(folder, data, tmp_path, capsys, epochs):
     assert main(["-m", str(folder), "--data", str(data), "--out", str(tmp_path / "out"), "--epochs", epochs]) == 2

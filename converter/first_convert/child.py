@@ -208,7 +208,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     except (InputError, ImportError, MemoryError):
         raise
     except KeyError as error:
-        raise InputError(f"{job['model']}: llama.cpp's converter misses {error} in config.json") from error
+        where = "config.json or tokenizer.json"
+        raise InputError(f"{job['model']}: llama.cpp's converter misses {error} in {where}") from error
     except FileNotFoundError as error:
         if error.errno is None:  # the converter's own words for a file of the tokenizer
             raise InputError(f"{job['model']}: {error}; copy it from the base model") from None

@@ -232,9 +232,14 @@ def load_model(name: str, bf16: bool) -> tuple[Any, Any]:
         # What does not fit would get random weights, so it is asked for.
         how: dict[str, Any] = {"dtype": dtype, "ignore_mismatched_sizes": True, "output_loading_info": True}
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, **how)
+    except Exception as error:  # config and weights fail in their own ways
+        what = f"{type(error).__name__}: {error}"
+        raise InputError(f"{name}: cannot be loaded as a causal language model ({what})") from error
+    try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # config, weights and tokenizer all fail in their own ways
-        raise InputError(f"{name}: cannot be loaded as a causal language model ({error})") from error
+    except Exception as error:  # so does a tokenizer
+        what = f"{type(error).__name__}: {error}"
+        raise InputError(f"{name}: the tokenizer's files cannot be read ({what}); expected tokenizer.json") from error
     model, found = loaded
     if found["missing_keys"]:
         raise InputError(f"{name}: the weights lack {min(found['missing_keys'])}; is a file missing?")
