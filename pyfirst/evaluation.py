@@ -103,6 +103,20 @@ def _split(text: str) -> tuple[str, str | None]:
     return path, mode
 
 
+def _pairs(models: Sequence[str], compare: Sequence[str]) -> list[tuple[str, str | None]]:
+    """(file, mode) of each system, as in plan(); mode is None where none is given."""
+    modes: list[str | None] = [item for item in compare if "=" not in item and not item.endswith(".gguf")]
+    pairs: list[tuple[str, str | None]] = []
+    for path, mode in map(_split, models):
+        pairs += [(path, m) for m in ([mode] if mode is not None else modes or [None])]
+    return pairs + [_split(item) for item in compare if item not in modes]
+
+
+def model_files(models: Sequence[str], compare: Sequence[str] = ()) -> list[str]:
+    """The files that plan() reads."""
+    return list(dict.fromkeys(path for path, _ in _pairs(models, compare)))
+
+
 def plan(models: Sequence[str], compare: Sequence[str] = (), seed: int = 0) -> list[System]:
     """The systems to compare, in order.
 
@@ -114,20 +128,15 @@ def plan(models: Sequence[str], compare: Sequence[str] = (), seed: int = 0) -> l
     Raises:
         InputError: no such file, unknown mode, layer out of range, routed without routers, the same twice.
     """
-    modes: list[str | None] = [item for item in compare if "=" not in item and not item.endswith(".gguf")]
-    items = [_split(text) for text in models]
-    pairs: list[tuple[str, str | None]] = []
-    for path, mode in items:
-        pairs += [(path, m) for m in ([mode] if mode is not None else modes or [None])]
-    pairs += [_split(item) for item in compare if item not in modes]
-    found = {path: info(path) for path, _ in pairs}
+    found = {path: info(path) for path in model_files(models, compare)}
     stems = Counter(Path(path).stem for path in found)
     systems: list[System] = []
-    for path, mode in pairs:
+    for path, mode in _pairs(models, compare):
         n_layer, routers = found[path]["layers"], found[path]["routers"]
         if n_layer is None:
             raise InputError(f"{path}: not a language model")
-        mode = mode or ("routed" if routers else "dense")
+        if mode is None:
+            mode = "routed" if routers else "dense"
         mask = mode_mask(mode, n_layer, seed)
         if mask is None and not routers:
             raise InputError(f"{path}: no routers in this file, so it cannot be 'routed'")

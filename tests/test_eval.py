@@ -382,7 +382,12 @@ def test_what_is_read_is_never_written_over(plain, data, tmp_path, capfd):
     model, tasks = shutil.copy(plain, tmp_path / "model.gguf"), shutil.copy(data, tmp_path / "tasks.jsonl")
     before = Path(model).read_bytes(), Path(tasks).read_bytes()
     for option, path in (("--out", model), ("--predictions", tasks), ("--predictions", tmp_path / "." / "model.gguf")):
-        for names in (("-m", model), ("-m", plain, "--compare", "dense", f"{model}=dense")):
+        for names in (
+            ("-m", model),
+            ("-m", f"{model}=dense"),
+            ("-m", plain, "--compare", "dense", model),
+            ("-m", plain, "--compare", "dense", f"{model}=dense"),
+        ):
             code, out, err = said(capfd, *names, "--data", tasks, "--metrics", "ce", option, path)
             assert code == 2 and out == "" and len(err.splitlines()) == 1 and "is read" in err
     both = ("--out", tmp_path / "x", "--predictions", tmp_path / "x")
@@ -458,6 +463,8 @@ def test_lines_of_a_data_file(tmp_path):
         (["-m", "{binary}"], "not a usable GGUF"),
         (["--compare", "fast"], "unknown mode 'fast'"),
         (["-m", "{plain}=fast"], "unknown mode 'fast'"),
+        (["-m", "{plain}="], "unknown mode ''"),
+        (["--compare", "{plain}="], "unknown mode ''"),
         (["--compare", "static:1,4"], "layer 4, the model has layers 0 to 3"),
         (["--compare", "static:x"], "expected layer numbers"),
         (["--compare", "even:3"], "from 1 to 2"),

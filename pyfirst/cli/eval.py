@@ -236,7 +236,9 @@ def _progress() -> Iterator[Callable[[int, int, str], None]]:
 
 def _check_outputs(args: argparse.Namespace) -> None:
     """Raise InputError or OSError for a file that is read too, or cannot be written. What is there stays as it is."""
-    files = [*args.model, *args.data, *(mode.rpartition("=")[0] for mode in args.compare if "=" in mode)]
+    from pyfirst.evaluation import model_files
+
+    files = [*model_files(args.model, args.compare), *args.data]
     outputs = list(map(Path, filter(None, (args.out, args.predictions))))
     for path in outputs:
         common.check_output(path, files)
