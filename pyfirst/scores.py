@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,19 +129,26 @@ class _Words:
     """Words of any script for rouge-score, whose own are ASCII letters and digits; Chinese, Japanese by character."""
 
     def tokenize(self, text: str) -> list[str]:
-        return re.findall(rf"[{_CJK}]|[^\W_{_CJK}]+", text.lower())
+        text = unicodedata.normalize("NFC", text.lower()).replace("_", " ")
+        # Vowel signs and accents that are characters of their own: no letters to re, but part of the word before them.
+        letters = "".join("_" if unicodedata.category(c).startswith("M") else c for c in text)
+        found = re.finditer(rf"[{_CJK}]_*|[^\W_{_CJK}][^\W{_CJK}]*", letters)
+        return [text[word.start() : word.end()] for word in found]
 
 
 def rouge(texts: list[str], references: list[list[str]], kind: str) -> Statistic:
     """Mean ROUGE F of rouge-score without stemming, the best over the references, 0 to 100.
 
-    Where most letters of the references are not ASCII, words are those of Unicode.
+    Where most letters of an example's references are not ASCII, its words are those of Unicode.
     """
-    letters = [c for targets in references for target in targets for c in target if c.isalpha()]
-    foreign = 2 * sum(map(str.isascii, letters)) < len(letters)
-    scorer = need("rouge_score.rouge_scorer", kind).RougeScorer([kind], tokenizer=_Words() if foreign else None)
-    pairs = zip(references, texts, strict=True)
-    return mean([100 * scorer.score_multi(targets, text)[kind].fmeasure for targets, text in pairs])
+    package = need("rouge_score.rouge_scorer", kind)
+    scorers = [package.RougeScorer([kind], tokenizer=words) for words in (None, _Words())]
+    values = []
+    for targets, text in zip(references, texts, strict=True):
+        letters = [c for target in targets for c in target if c.isalpha()]
+        foreign = 2 * sum(map(str.isascii, letters)) < len(letters)
+        values.append(100 * scorers[foreign].score_multi(targets, text)[kind].fmeasure)
+    return mean(values)
 
 
 def exact(texts: list[str], references: list[list[str]]) -> Statistic:

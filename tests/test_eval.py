@@ -395,6 +395,33 @@ def test_what_is_read_is_never_written_over(plain, data, tmp_path, capfd):
     assert (Path(model).read_bytes(), Path(tasks).read_bytes()) == before and not (tmp_path / "x").exists()
 
 
+def test_rouge_of_a_language_does_not_depend_on_what_else_is_scored():
+    texts = ["我能吞下玻璃", *["the quick brown fox jumps over"] * 3, "I've eaten 3.5 e_mails"]
+    references = [["我能吞下玻璃而不伤身体"], *[["the quick brown dog jumps over it all"]] * 3, ["I have 3.5 e mails"]]
+    english = rouge_scorer.RougeScorer(["rouge1", "rougeL"])
+    for kind in ("rouge1", "rougeL"):
+        found = scores.rouge(texts, references, kind).rows[:, 0]
+        assert found[0] == pytest.approx(100 * 2 * 6 / (6 + 11))  # 6 characters of 11
+        own = [english.score(targets[0], text)[kind].fmeasure for targets, text in zip(references, texts, strict=True)]
+        assert found[1:] == pytest.approx([100 * value for value in own[1:]])
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "common"),
+    [
+        ("की", "के", 0),  # Hindi: the same consonant with another vowel
+        ("मेरा नाम राम है", "मेरी नाम राम है", 3),
+        ("தமிழ் மொழி", "தமிழ் மழை", 1),
+        ("كَتَبَ كِتَاب", "كُتِبَ كِتَاب", 1),  # he wrote, it was written
+        ("\u0439\u043e\u0434", "\u0438\u0306\u043e\u0434", 1),  # one character or two, the same letter
+    ],
+)
+def test_marks_belong_to_the_word_before_them(text, reference, common):
+    assert len(text.split()) == len(reference.split())
+    found = scores.rouge([text], [[reference]], "rouge1").rows[0, 0]
+    assert found == pytest.approx(100 * common / len(text.split()))
+
+
 @pytest.mark.parametrize(
     "text", ["Сумма равна тридцати одному.", "合計は三十一です。", "합계는 서른하나입니다.", "The sum."]
 )
