@@ -5,7 +5,7 @@
 trains, converts to q8_0 and scores each system in the runtime, one after another, and writes one JSON file a
 system to docs/results/baselines and the table docs/baselines.md (--results docs/results/NAME: docs/NAME.md). Systems
 whose JSON is there are not run again, recipes in --work not trained again; another --seed or --steps needs another
---work and --results.
+--work and --results, another --limit, --answers or --test another --results.
 """
 
 from __future__ import annotations
@@ -76,11 +76,20 @@ def score(gguf: Path, tests: list[str], limit: int, answers: int, threads: int |
     return tasks
 
 
-def same(path: Path, found: dict[str, Any], args: argparse.Namespace, keys: Sequence[str]) -> None:
-    """End the program where what is there was made with other options."""
-    for key in keys:
-        if found[key] != getattr(args, key):
-            sys.exit(f"{path}: made with --{key} {found[key]}, not {getattr(args, key)}; change --work and --results")
+def base_names(paths: Sequence[str]) -> list[str]:
+    return sorted(Path(path).name for path in paths)
+
+
+def answers_of(name: str, args: argparse.Namespace) -> int:
+    """How many answers of each file a system is asked for."""
+    return args.answers if args.generate == "all" or name.split("-")[0] in ("dense", "first", "loo") else 0
+
+
+def same(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """End the program where what is there was made with other options; one that is not stored may be any."""
+    for key, value in wanted.items():
+        if found.get(key, value) != value:
+            sys.exit(f"{path}: made with --{key} {found[key]}, not {value}; change --work and --results")
 
 
 def run(name: str, options: list[str], args: argparse.Namespace) -> dict[str, Any]:
@@ -100,9 +109,8 @@ def run(name: str, options: list[str], args: argparse.Namespace) -> dict[str, An
         if name != "dense-lora":
             shutil.rmtree(work, ignore_errors=True)
     config = json.loads((recipe / "first_config.json").read_text(encoding="utf-8"))
-    same(recipe, config["training"]["options"], args, ("seed", "steps"))
+    same(recipe, config["training"]["options"], {"seed": args.seed, "steps": args.steps})
     convert(args.model, first=recipe, outfile=gguf, outtype="q8_0", force=True)
-    generate = args.generate == "all" or name.split("-")[0] in ("dense", "first", "loo")
     result = {
         "name": name,
         "seed": args.seed,
@@ -110,8 +118,9 @@ def run(name: str, options: list[str], args: argparse.Namespace) -> dict[str, An
         "steps": args.steps,
         "limit": args.limit,
         "answers": args.answers,
+        "test": base_names(args.test),
         "training": {k: config["training"][k] for k in ("options", "held_back", "warnings")},
-        "tasks": score(gguf, args.test, args.limit, args.answers if generate else 0, args.threads),
+        "tasks": score(gguf, args.test, args.limit, answers_of(name, args), args.threads),
     }
     gguf.unlink()
     return result
@@ -157,7 +166,8 @@ def table(folder: Path, titles: dict[str, str]) -> str:
         text = f"{found['value']:.{digits}f}"
         if found["difference"]:
             gap = found["difference"]
-            text += f" ({gap['value']:+.{digits}f}, {gap['low']:+.{digits}f}..{gap['high']:+.{digits}f})"
+            interval = "" if gap["low"] is None else f", {gap['low']:+.{digits}f}..{gap['high']:+.{digits}f}"
+            text += f" ({gap['value']:+.{digits}f}{interval})"
         return text
 
     columns = ["ce", *(f"{task} ce" for task in tasks), *(f"{t} {s}" for t, s in scores.items() if t in tasks)]
@@ -213,7 +223,10 @@ def main() -> None:
     for name in args.only or known:
         path = args.results / f"{name}.json"
         if path.is_file():
-            same(path, json.loads(path.read_text(encoding="utf-8")), args, ("seed", "steps", "limit"))
+            wanted = {key: getattr(args, key) for key in ("seed", "steps", "limit")}
+            wanted |= {"answers": args.answers} if answers_of(name, args) else {}
+            wanted |= {"test": base_names(args.test)} if args.test else {}
+            same(path, json.loads(path.read_text(encoding="utf-8")), wanted)
             continue
         started = time.monotonic()
         print(f"== {name}", file=sys.stderr, flush=True)

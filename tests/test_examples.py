@@ -73,6 +73,38 @@ def test_frontier_takes_no_cross_entropy_of_other_examples(tmp_path, monkeypatch
     assert frontier.measured(path, 60) == {}
 
 
+def test_baselines_of_one_example_have_no_interval(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import baselines
+
+    training = {"held_back": {"modal_masks": {"describe": [1, 0, 1, 1]}}}
+    for name, ce in (("first-25-full", [[3.0, 2], [8.0, 2]]), ("loo-25-full", [[5.0, 2], [9.0, 2]])):
+        for count in (1, 2):
+            stored = {"limit": count, "answers": 1, "steps": 4, "seed": 1, "training": training}
+            stored["tasks"] = {"describe": {"ce": ce[:count], "skipped": [[1]] * count}}
+            folder = tmp_path / str(count)
+            folder.mkdir(exist_ok=True)
+            (folder / f"{name}.json").write_text(json.dumps(stored))
+    titles = {name: title for name, (title, _) in baselines.systems().items()}
+    (row,) = (line for line in baselines.table(tmp_path / "1", titles).splitlines() if line.startswith("| one mask"))
+    assert row.split(" | ")[3] == "2.500 (+1.000)"
+    (row,) = (line for line in baselines.table(tmp_path / "2", titles).splitlines() if line.startswith("| one mask"))
+    assert row.split(" | ")[3] == "3.500 (+0.750, +0.500..+1.000)"
+
+
+def test_baselines_take_no_result_of_other_tests_or_answers(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import baselines
+
+    stored = {"limit": 300, "answers": 100, "test": ["a.test.jsonl", "b.test.jsonl"]}
+    path = tmp_path / "base.json"
+    baselines.same(path, stored, {"answers": 100, "test": baselines.base_names(["x/b.test.jsonl", "a.test.jsonl"])})
+    baselines.same(path, {"limit": 300}, {"limit": 300, "test": ["a.test.jsonl"]})
+    for wanted in ({"answers": 10}, {"test": ["a.test.jsonl"]}, {"limit": 1}):
+        with pytest.raises(SystemExit, match="made with --"):
+            baselines.same(path, stored, wanted)
+
+
 def test_train_your_own(tiny_model, tmp_path):
     folder, _ = tiny_model("llama")
     data = tmp_path / "task.jsonl"
