@@ -343,8 +343,10 @@ def evaluate(
     Returns:
         {"machine", "settings", "tasks": {name: examples}, "systems": [...]}. A system holds "name", "model",
         "mode", "n_layer", "prefill", "threshold", "skip_layers", "total" and "by_task" (examples, distinct masks
-        and an estimate() of each score) and "masks", see compare_tasks(). Where one context serves several
-        systems and the prompt runs all layers ("full"), they share its keys and values: a prompt is read once.
+        and an estimate() of each score) and "masks", see compare_tasks(). The difference to the first system is None
+        for "tokens_per_s" of another file, and for "ce" where the references are another number of tokens. Where one
+        context serves several systems and the prompt runs all layers ("full"), they share its keys and values: a prompt
+        is read once.
 
     Raises:
         InputError: wrong file, line, mode, option, or a package that is missing.
@@ -418,6 +420,19 @@ def evaluate(
         system.name: _statistics(answers[system.name], examples, metrics, scorers, generated) for system in systems
     }
     weights = draw(tasks, seed, resamples)
+
+    def comparable(system: System) -> dict[str, Statistic]:
+        """The first system's statistics that this one's can be compared with."""
+        if system is systems[0]:
+            return {}
+        of_first = dict(measured[systems[0].name])
+        if system.path != systems[0].path:  # not measured in turns, so the machine may have changed its speed
+            of_first.pop("tokens_per_s", None)
+        own, wanted = ([found.n_reference for found in answers[s.name]] for s in (system, systems[0]))
+        if own != wanted:  # nats a token of another tokenizer
+            of_first.pop("ce", None)
+        return of_first
+
     return {
         "machine": machine(threads or llm.n_threads),
         "settings": {
@@ -442,7 +457,7 @@ def evaluate(
                     np.stack([found.mask for found in answers[system.name]]),
                     tasks,
                     measured[system.name],
-                    measured[systems[0].name] if system is not systems[0] else {},
+                    comparable(system),
                     weights,
                 ),
             }

@@ -18,7 +18,7 @@ from rouge_score import rouge_scorer
 
 from first_convert import convert
 from pyfirst import FirstLlama, scores
-from pyfirst.cli.eval import build_parser, main
+from pyfirst.cli.eval import _note, build_parser, main
 from pyfirst.errors import InputError
 from pyfirst.evaluation import Scorer, evaluate, mode_mask, plan
 from pyfirst.layers import evenly
@@ -331,6 +331,7 @@ def test_the_json_holds_every_score_of_every_task(files, plain, data, capfd):
     code, out, err = said(capfd, *argv, "-n", 6, "--exact", "--format", "json", "--seed", 4)
     assert code == 0 and err == ""
     result = json.loads(out)
+    assert "see first-bench" in _note(result)
     names = [system["name"] for system in result["systems"]]
     assert names == ["full dense", "full routed", "full random:1", "f32 static:1"]
     assert result["tasks"] == {"greet": 2, "code": 2}
@@ -339,7 +340,8 @@ def test_the_json_holds_every_score_of_every_task(files, plain, data, capfd):
         for group in (system["total"], *system["by_task"].values()):
             assert set(group) == metrics | {"examples", "distinct_masks"}
             for name in metrics:
-                assert (group[name]["difference"] is None) == (system["name"] == "full dense")
+                alone = system["name"] == "full dense" or (name == "tokens_per_s" and system["name"] == "f32 static:1")
+                assert (group[name]["difference"] is None) == alone
         assert system["by_task"]["greet"]["answer"]["value"] is None  # no '####' there
     dense, _, drawn, static = result["systems"]
     assert dense["skip_layers"] == [] and static["skip_layers"] == [1]
@@ -347,6 +349,22 @@ def test_the_json_holds_every_score_of_every_task(files, plain, data, capfd):
     # The same weights in another file, so the same cross-entropy as one file with both modes.
     both = evaluate([plain], [data], compare=["static:1"], metrics=["ce"])["systems"][0]
     assert both["total"]["ce"]["value"] == pytest.approx(static["total"]["ce"]["value"], abs=1e-5)
+
+
+def test_cross_entropies_of_other_tokens_are_not_compared(plain, data, tmp_path, capfd):
+    """Half as many tokens for the same text have twice the nats each."""
+    from first_convert.ggufio import Entry, Gguf, rewrite
+
+    path, merges = tmp_path / "letters.gguf", Entry("tokenizer.ggml.merges", "ARRAY", ["t h"], "STRING")
+    rewrite(Gguf(plain), path, [merges], lambda key: key != merges.name)
+    argv = ("--data", data, "--metrics", "ce", "--format", "json", "--compare", "dense", "static:1")
+    code, out, err = said(capfd, "-m", plain, path, *argv)
+    assert code == 0, err
+    names = ["letters dense", "letters static:1"]
+    totals = {system["name"]: system["total"] for system in json.loads(out)["systems"]}
+    assert [name for name in totals if totals[name]["ce"]["difference"] is None] == ["f32 dense", *names]
+    assert len(err.splitlines()) == 1 and "another number of tokens" in err and ", ".join(names) in err
+    assert totals["letters dense"]["layers"]["difference"]["value"] == 0
 
 
 def test_tables_and_files(plain, data, tmp_path, capfd):
@@ -358,7 +376,7 @@ def test_tables_and_files(plain, data, tmp_path, capfd):
     header = next(line for line in lines if line.startswith("system"))
     assert header.split() == ["system", "layers", "masks", "tok/s", "CE", "BLEU", "chrF", "ROUGE-1", "ROUGE-L"]
     assert any(line.startswith("even:1") and "3.0 (75%)" in line for line in lines)
-    assert "paired" in lines[-1] and max(map(len, lines[:-1])) < 130
+    assert "paired" in lines[-1] and "first-bench" not in lines[-1] and max(map(len, lines[:-1])) < 130
     target, predictions = tmp_path / "table.md", tmp_path / "answers.jsonl"
     code, out, err = said(capfd, *argv, "--format", "markdown", "--out", target, "--predictions", predictions)
     assert code == 0 and out == "" and err == ""

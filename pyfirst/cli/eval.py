@@ -35,7 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
         "Score GGUF models on JSON lines of prompts and references, in the runtime that will serve them.\n"
         "Systems are files and modes: dense, routed (the routers decide), static:3,5,7 (these layers are left\n"
         "out), even:N (N evenly spaced layers), random:N; even and random keep the first and the last layer.\n"
-        "Scores of two or more examples have a 95% bootstrap interval, their difference to the first system too.",
+        "Scores of two or more examples have a 95% bootstrap interval, their difference to the first system too\n"
+        "(tok/s: within one file, whose systems take turns; first-bench compares speeds).",
         "first-eval -m smollm2-first.gguf --data test.jsonl --compare dense routed even:7 --limit 100",
     )
     add = parser.add_argument
@@ -215,6 +216,9 @@ def _note(result: dict[str, Any]) -> str:
     said = f"95% intervals from {settings['resamples']} resamples of the examples, seed {settings['seed']}"
     if len(result["systems"]) > 1:
         said += f"; signed: difference to {result['systems'][0]['name']}, paired; *: without 0 in its interval"
+    totals = [system["total"] for system in result["systems"][1:]]
+    if any("tokens_per_s" in total and total["tokens_per_s"]["difference"] is None for total in totals):
+        said += "; tok/s of files is not compared, they are not measured in turns: see first-bench"
     return f"{said}. {result['machine']['cpu']}, {result['machine']['threads']} threads."
 
 
@@ -286,6 +290,14 @@ def command(args: argparse.Namespace) -> None:
             on_progress=update,
             on_answer=on_answer,
             verbose=args.verbose,
+        )
+    first, *others = result["systems"]
+    apart = [s["name"] for s in others if "ce" in s["total"] and s["total"]["ce"]["difference"] is None]
+    if apart:
+        print(
+            f"first-eval: no difference in CE to {first['name']} for {', '.join(apart)}: there the references are "
+            "another number of tokens",
+            file=sys.stderr,
         )
     shown = {"text": text, "markdown": markdown, "json": lambda found: json.dumps(found, indent=1)}[args.format](result)
     if args.out:
