@@ -72,6 +72,8 @@ def score(gguf: Path, tests: list[str], limit: int, answers: int, threads: int |
             texts, references = [row["text"] for row in rows], [row["references"] for row in rows]
             found["bleu"] = bleu(texts, references).rows.tolist()
             found["rougeL"] = rouge(texts, references, "rougeL").rows[:, 0].round(4).tolist()
+        if rows[0]["task"] in tasks:
+            sys.exit(f"{path}: task '{rows[0]['task']}' again; name a \"task\" in the rows or rename the file")
         tasks[rows[0]["task"]] = found
     return tasks
 

@@ -40,7 +40,7 @@ from pyfirst.scores import (
     need,
     rouge,
 )
-from pyfirst.tasks import Example, read_examples
+from pyfirst.tasks import Example, gather, read_examples
 
 import llama_cpp  # isort: skip  (after pyfirst, which points it at our library)
 
@@ -363,7 +363,7 @@ def evaluate(
         if name not in ("ce", "exact", "answer", "bertscore"):
             need("rouge_score.rouge_scorer" if name.startswith("rouge") else "sacrebleu.metrics", name)
     generated = metrics != ["ce"]
-    examples = [example for path in data for example in read_examples(path, limit)]
+    examples = gather(data, lambda path: read_examples(path, limit))
     tasks = [example.task for example in examples]
     systems = plan(models, compare, seed)
     paths = list(dict.fromkeys(system.path for system in systems))

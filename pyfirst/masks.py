@@ -16,7 +16,7 @@ from pyfirst.errors import InputError
 from pyfirst.evaluation import Scorer
 from pyfirst.info import info
 from pyfirst.scores import compare_tasks, draw
-from pyfirst.tasks import read_examples
+from pyfirst.tasks import gather, read_examples
 
 _BAR = 30
 
@@ -25,9 +25,8 @@ def prompts(
     texts: Sequence[str] = (), files: Sequence[str | os.PathLike[str]] = (), limit: int | None = None
 ) -> list[tuple[str, str]]:
     """(task, prompt) of texts and of JSONL files, grouped by task; ``limit`` holds for each file. Raises InputError."""
-    found = [("prompt", text) for text in texts]
-    for file in files:
-        found += [(example.task, example.prompt) for example in read_examples(file, limit, need_references=False)]
+    examples = gather(files, lambda file: read_examples(file, limit, need_references=False))
+    found = [("prompt", text) for text in texts] + [(example.task, example.prompt) for example in examples]
     order = {task: i for i, task in enumerate(dict.fromkeys(task for task, _ in found))}
     return sorted(found, key=lambda pair: order[pair[0]])
 

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pyfirst.errors import InputError
 
+logger = logging.getLogger("pyfirst")
+
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt with its references; ``where`` is the line it came from."""
+    """A prompt with its references; ``where`` is the line it came from, ``named`` whether that names the task."""
 
     task: str
     prompt: str
     references: list[str]
     where: str
+    named: bool = True
 
 
 def example(row: Any, where: str, task: str, *, need_references: bool = True) -> Example:
@@ -40,7 +45,7 @@ def example(row: Any, where: str, task: str, *, need_references: bool = True) ->
         "".join([row["prompt"], *references, task]).encode()
     except UnicodeEncodeError:
         raise InputError(f"{where}: half of a UTF-16 pair (\\ud800 to \\udfff), which is not a character") from None
-    return Example(task, row["prompt"], references, where)
+    return Example(task, row["prompt"], references, where, named is not None)
 
 
 def read_examples(
@@ -71,4 +76,26 @@ def read_examples(
         examples.append(example(row, where, path.name.split(".")[0], need_references=need_references))
     if not examples:
         raise InputError(f"{path}: no examples in it")
+    return examples
+
+
+def gather(files: Sequence[str | os.PathLike[str]], read: Callable[[Any], list[Example]]) -> list[Example]:
+    """The examples of all files, each as ``read`` gives them.
+
+    Warns where files whose rows name no task are one task by their names: "a.en.jsonl" and "a.de.jsonl". Raises
+    InputError for a file that is there twice.
+    """
+    places = [Path(file).resolve() for file in files]
+    examples: list[Example] = []
+    sources: dict[str, list[str]] = {}
+    for file, place in zip(files, places, strict=True):
+        if places.count(place) > 1:
+            raise InputError(f"{file}: given twice, its examples would count double")
+        found = read(file)
+        examples += found
+        for task in {example.task for example in found if not example.named}:
+            sources.setdefault(task, []).append(os.fspath(file))
+    for task, names in sources.items():
+        if len(names) > 1:
+            logger.warning('%s: taken as one task, "%s", for their rows name no "task"', ", ".join(names), task)
     return examples

@@ -17,12 +17,12 @@ import tiny
 from rouge_score import rouge_scorer
 
 from first_convert import convert
-from pyfirst import FirstLlama, scores
+from pyfirst import FirstLlama, masks, scores
 from pyfirst.cli.eval import _note, build_parser, main
 from pyfirst.errors import InputError
 from pyfirst.evaluation import Scorer, evaluate, mode_mask, plan
 from pyfirst.layers import evenly
-from pyfirst.tasks import read_examples
+from pyfirst.tasks import gather, read_examples
 
 import llama_cpp  # isort: skip  (after pyfirst, which points it at our library)
 
@@ -490,11 +490,33 @@ def test_lines_of_a_data_file(tmp_path):
             read_examples(path)
 
 
+def test_files_that_fall_into_one_task_by_their_names_are_told(tmp_path, caplog):
+    row = {"prompt": "a", "response": "b"}
+    for name, task in (("en/test", None), ("de/test", None), ("fr/test", "fr"), ("x.1", "x"), ("x.2", "x")):
+        path = tmp_path / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(row | ({"task": task} if task else {})))
+    for names, said_of in (
+        (["en/test", "de/test", "fr/test"], ["en/test", "de/test"]),
+        (["x.1", "x.2", "en/test"], []),  # shards, whose rows say what they are
+    ):
+        caplog.clear()
+        tasks = [example.task for example in gather([tmp_path / f"{name}.jsonl" for name in names], read_examples)]
+        assert tasks == (["test", "test", "fr"] if said_of else ["x", "x", "test"])
+        assert len(caplog.messages) == bool(said_of)
+        assert all(str(tmp_path / f"{name}.jsonl") in caplog.messages[0] for name in said_of)
+        assert "fr/test" not in caplog.text
+    assert [task for task, _ in masks.prompts(["p"], [tmp_path / "x.1.jsonl"])] == ["prompt", "x"]
+    with pytest.raises(InputError, match="given twice"):
+        masks.prompts([], [tmp_path / "x.1.jsonl", tmp_path / "en" / ".." / "x.1.jsonl"])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--data", "{missing}"], "no such file"),
         (["--data", "{folder}"], "not a file"),
+        (["--data", "{good}", "{folder}/../good"], "given twice"),
         (["--data", "{empty}"], "no examples"),
         (["--data", "{broken}"], "broken:2: not valid JSON"),
         (["--data", "{bare}"], "bare:1: expected 'references'"),
@@ -532,6 +554,7 @@ def test_lines_of_a_data_file(tmp_path):
 def test_wrong_input_is_one_line_and_exit_code_2(options, message, plain, data, tmp_path, capfd):
     good = json.dumps(ROWS[0])
     for name, content in (
+        ("good", good),
         ("empty", "\n"),
         ("broken", good + "\n{"),
         ("bare", '{"prompt": "x"}'),

@@ -105,6 +105,17 @@ def test_baselines_take_no_result_of_other_tests_or_answers(tmp_path, monkeypatc
             baselines.same(path, stored, wanted)
 
 
+def test_baselines_do_not_write_one_task_over_another(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import baselines
+
+    row = {"task": "q", "log_likelihood": -1.0, "reference_tokens": 2, "skipped": []}
+    monkeypatch.setattr(baselines, "evaluate", lambda *_, on_answer, **__: on_answer(row))
+    assert baselines.score(tmp_path / "x.gguf", ["q.en.jsonl"], 1, 0, 1) == {"q": {"ce": [[1.0, 2]], "skipped": [[]]}}
+    with pytest.raises(SystemExit, match="task 'q' again"):
+        baselines.score(tmp_path / "x.gguf", ["q.en.jsonl", "q.de.jsonl"], 1, 0, 1)
+
+
 def test_train_your_own(tiny_model, tmp_path):
     folder, _ = tiny_model("llama")
     data = tmp_path / "task.jsonl"

@@ -363,6 +363,7 @@ def test_missed_budget_is_told(folder, data, tmp_path, capsys):
         (["--max-length", "18"], "usable examples"),
         (["-m", "/no/such/dir"], "no such directory"),
         (["--data", "/no/such/file.jsonl"], "no such file"),
+        (["--data", "me/mine", "./me/mine"], "given twice"),
     ],
 )
 def test_wrong_options_end_in_one_line(folder, data, tmp_path, capsys, more, words):
@@ -548,7 +549,7 @@ def test_a_data_set_by_name(monkeypatch):
     fake = types.ModuleType("datasets")
     fake.load_dataset = lambda name, split: Table([{"prompt": name, "response": split, "other": 1}])
     monkeypatch.setitem(sys.modules, "datasets", fake)
-    assert read_rows("me/mine:dev") == [Example("mine", "me/mine", ["dev"], "me/mine:dev: row 0")]
+    assert read_rows("me/mine:dev") == [Example("mine", "me/mine", ["dev"], "me/mine:dev: row 0", named=False)]
     assert read_rows("me/mine:train[:10%]")[0].references == ["train[:10%]"]
     fake.load_dataset = lambda name, split: Table([{"prompt": name, "response": None}])
     with pytest.raises(InputError, match="row 0: expected 'references'"):

@@ -345,6 +345,7 @@ def train(args: argparse.Namespace) -> Path:
     import transformers
     from safetensors.torch import load_file
 
+    from pyfirst.tasks import gather
     from pyfirst.training import checkpoints, report
     from pyfirst.training.data import Example, hold_back, read_rows
     from pyfirst.training.objectives import leave_one_out, start_from
@@ -368,7 +369,7 @@ def train(args: argparse.Namespace) -> Path:
         warnings.filterwarnings("ignore", module="transformers|peft")
     keep_heap_small()
     started = time.monotonic()
-    rows = [row for file in args.data for row in read_rows(file)]
+    rows = gather(args.data, read_rows)
     earlier = load_recipe(args.recipe) if args.recipe else None
     base, tokenizer = load_model(args.model, args.bf16)
     base.requires_grad_(False)
