@@ -346,7 +346,7 @@ def evaluate(
         and an estimate() of each score) and "masks", see compare_tasks(). The difference to the first system is None
         for "tokens_per_s" of another file, and for "ce" where the references are another number of tokens. Where one
         context serves several systems and the prompt runs all layers ("full"), they share its keys and values: a prompt
-        is read once.
+        is read once, its last token by each.
 
     Raises:
         InputError: wrong file, line, mode, option, or a package that is missing.
@@ -409,6 +409,11 @@ def evaluate(
                 # Without routers nothing need be forced to run dense, at the full speed of the plain graph.
                 dense = system.mask is not None and system.mask.all()
                 with llm.forcing(None if dense and not routes else system.mask):
+                    # Each system reads the prompt in batches of the same sizes, or equal masks would differ a little.
+                    if len(systems) > 1 and llm.prefill == "skip":
+                        llm.reset()
+                    elif len(systems) > 1 and system is own[0]:
+                        answer(llm, prompt, None, 0)  # and again, as the others do: the last token alone
                     found = answer(llm, prompt, reference if "ce" in metrics else None, max_tokens if generated else 0)
                 answers[system.name].append(found)
                 on_answer(_row(system, example, found))

@@ -18,7 +18,7 @@ from rouge_score import rouge_scorer
 
 from first_convert import convert
 from pyfirst import FirstLlama, masks, scores
-from pyfirst.cli.eval import _note, build_parser, main
+from pyfirst.cli.eval import _clear, _note, build_parser, main
 from pyfirst.errors import InputError
 from pyfirst.evaluation import Scorer, evaluate, mode_mask, plan
 from pyfirst.layers import evenly
@@ -118,6 +118,29 @@ def test_answers_are_the_chats(prefill, files, data):
             assert len(found["text"]) > 3
             assert found["skipped"] == expected["first"]["skipped"]
     llm.close()
+
+
+@pytest.mark.parametrize("prefill", ["full", "skip"])
+@pytest.mark.parametrize("kind", ["plain", "routed"])
+def test_equal_masks_give_equal_answers(kind, prefill, files, plain, tmp_path):
+    """To the last bit: how many tokens of a prompt are computed at once must not tell the first system apart."""
+    path, answers = tmp_path / "long.jsonl", list[dict]()
+    rows = [{"prompt": "the quick brown fox jumps " * n, "response": "over the lazy dog"} for n in range(10, 30)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    same = ["static:1,2", "static:2,1", "static:1,2,1"]
+    modes = [same[0], *(["routed"] if kind == "routed" else []), *same[1:]]
+    gguf = plain if kind == "plain" else str(files["full"][2])
+    result = evaluate([gguf], [path], compare=modes, prefill=prefill, metrics=["ce"], on_answer=answers.append)
+    found = [[a["log_likelihood"] for a in answers if a["system"] == mode] for mode in same]
+    assert found[0] == found[1] == found[2] and len(set(found[0])) > 10
+    gap = next(s for s in result["systems"] if s["mode"] == same[1])["total"]["ce"]["difference"]
+    assert gap == {"value": 0, "low": 0, "high": 0}
+
+
+def test_a_difference_that_is_printed_as_0_has_no_star():
+    for value, star in ((0.0004, ""), (-0.0004, ""), (0.0006, "*"), (-0.0006, "*")):
+        assert _clear({"value": value, "low": value * 0.9, "high": value * 1.1}, 3) == star
+    assert _clear({"value": 0.04, "low": 0.03, "high": 0.05}, 1) == _clear(None, 1) == ""
 
 
 def test_prompts_are_the_chats(plain, tiny_model):

@@ -131,9 +131,9 @@ def _kept(scores: dict[str, Any]) -> str:
     return f"{scores['layers']['value']:.1f} ({scores['kept']['value']:.0%})"
 
 
-def _clear(difference: dict[str, Any] | None) -> str:
-    """A star where the interval of a difference leaves out 0."""
-    if difference is None or difference["low"] is None:
+def _clear(difference: dict[str, Any] | None, digits: int) -> str:
+    """A star where the interval of a difference leaves out 0, which the difference as printed is not."""
+    if difference is None or difference["low"] is None or not float(_value(difference, digits)):
         return ""
     return "*" if difference["low"] > 0 or difference["high"] < 0 else ""
 
@@ -173,7 +173,7 @@ def text(result: dict[str, Any]) -> str:
             if any(found["difference"] for found, _ in shown):
                 gaps = [(found["difference"], digits) for found, digits in shown]
                 blocks.append(
-                    [f"  - {first}", "", "", *(_clear(gap) + _value(gap, digits, True) for gap, digits in gaps)]
+                    [f"  - {first}", "", "", *(_clear(gap, digits) + _value(gap, digits, True) for gap, digits in gaps)]
                 )
                 blocks.append(["", "", "", *(_range(gap, digits, True) for gap, digits in gaps)])
         widths = [max(len(row[i]) for row in blocks) for i in range(len(blocks[0]))]
@@ -201,7 +201,7 @@ def markdown(result: dict[str, Any]) -> str:
                 found, digits = scores[name], COLUMNS[name][1]
                 cell, gap = _estimate(found, digits), found["difference"]
                 if gap and gap["value"] is not None:
-                    cell += "<br>" + ("\\*" if _clear(gap) else "") + _estimate(gap, digits, True)
+                    cell += "<br>" + ("\\*" if _clear(gap, digits) else "") + _estimate(gap, digits, True)
                 cells.append(cell)
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     masks = _masks(result)
