@@ -19,9 +19,10 @@ from test_patch import STOCK
 from first_convert import convert
 from first_convert.ggufio import Entry, Gguf, rewrite
 from first_convert.pack import open_gguf
-from pyfirst import native, predict
+from pyfirst import FirstLlama, native, predict
 from pyfirst.cli import bench_files
 from pyfirst.cli.bench import _worker, bench, main, parse_lengths, parse_skipped, predicted, spread
+from pyfirst.cli.bench_worker import TEXT
 from pyfirst.errors import InputError
 from pyfirst.fit import Room
 
@@ -103,6 +104,31 @@ def test_routed_rows_say_what_the_routers_decided(prefill, tiny_model, tmp_path)
     assert (rows["prefill"]["ideal"] == 1) == (prefill == "full")
     assert pruned["ideal"] != 1 and rows["decode"]["ideal"] != 1
     assert list(result["router_cost"]) == ["24"]
+
+
+def test_all_tokens_of_the_window_decide(tmp_path):
+    """Also those behind the first 512: a threshold between both decisions tells."""
+    folder = tiny.make("llama", tmp_path / "hf", max_position_embeddings=1024)
+    base = tiny.gguf(folder, tmp_path / "base.gguf")
+
+    def routed(**config) -> str:
+        recipe = tiny.recipe(tmp_path / "recipe", folder, seed=3, prefill="skip", **config)
+        convert.convert(base_gguf=base, first=recipe, outfile=tmp_path / "routed.gguf", force=True)
+        return str(tmp_path / "routed.gguf")
+
+    scores = []
+    for window in (512, 700):
+        llm = FirstLlama(routed(window=window, threshold=0.0), n_ctx=708)
+        tokens = llm.tokenize(TEXT.encode(), add_bos=False)
+        llm.eval((tokens * 700)[:700])
+        scores.append(llm.routing.scores)
+        llm.close()
+    layer = int(np.abs(scores[0] - scores[1]).argmax())
+    threshold = float(scores[0][layer] + scores[1][layer]) / 2
+    alone = routed(window=700, threshold=threshold, protected=[other for other in range(4) if other != layer])
+    result = bench(alone, prompt_length=700, n_predict=4, repeats=1, skipped="0")
+    expected = 0.25 if scores[1][layer] < threshold else 0
+    assert {run["skipped"] for run in result["runs"] if run["mode"] == "routed"} == {expected}
 
 
 def test_table_of_a_file_with_routers_and_the_time_to_load(tiny_model, tmp_path, capfd):

@@ -300,6 +300,9 @@ def bench(
     if load_time:
         with opened(model) as header:
             check_whole(header, model)
+    # The tokens that decide must be in one micro-batch, as in FirstLlama; all kinds of runs read in the same ones.
+    first = found["first"] or {}
+    n_ubatch = max(512, first["window"]) if first.get("prefill") == "skip" else 512
     if stock_lib is not None and not list(Path(stock_lib).glob("*llama.*")):
         raise InputError(f"--stock-lib {stock_lib}: no libllama there")
 
@@ -308,7 +311,7 @@ def bench(
 
         def start(name: str, lib: str | os.PathLike[str], path: str, plain: bool = True) -> dict[str, Any]:
             worker = stack.enter_context(_worker(lib, plain))
-            answer = worker.ask("open", model=path, threads=threads, n_ctx=n_ctx)
+            answer = worker.ask("open", model=path, threads=threads, n_ctx=n_ctx, n_ubatch=n_ubatch)
             workers[name] = worker
             return answer
 
@@ -360,7 +363,7 @@ def bench(
     fits: list[dict[str, Any]] = []
     against_stock: dict[str, dict[str, float]] | None = None if stock_lib is None else {}
     router_cost: dict[str, float] | None = {} if routers else None
-    full_prompt = (found["first"] or {}).get("prefill") == "full"
+    full_prompt = first.get("prefill") == "full"
     for phase in ("prefill", "decode"):
         for length in lengths:
             n_tokens = length if phase == "prefill" else n_predict

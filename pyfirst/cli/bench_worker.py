@@ -44,8 +44,8 @@ class Runner:
         logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL + 1)
         llama_cpp.llama_backend_init()
 
-    def open(self, model: str, threads: int, n_ctx: int) -> dict[str, Any]:
-        """Load the model and make the contexts."""
+    def open(self, model: str, threads: int, n_ctx: int, n_ubatch: int = 512) -> dict[str, Any]:
+        """Load the model and make the contexts, which read at most ``n_ubatch`` tokens at once."""
         llama = self.llama
         reasons: list[str] = []
         with self.native.captured_errors() if self.native else contextlib.nullcontext(reasons) as reasons:
@@ -55,7 +55,7 @@ class Runner:
             raise ValueError(f"{model}: {reason}")
         params = llama.llama_context_default_params()
         params.n_ctx = params.n_batch = n_ctx
-        params.n_ubatch = min(n_ctx, 512)
+        params.n_ubatch = min(n_ctx, n_ubatch)
         params.n_threads = params.n_threads_batch = threads
         self.contexts = {}
         names = ["plain"]
