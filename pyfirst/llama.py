@@ -511,7 +511,7 @@ class FirstLlama(llama_cpp.Llama):
             temperature = 0.0
         steps = self.generate(tokens, temp=temperature, logits_processor=logits_processor, **sampling)
         with contextlib.closing(steps):
-            yield from completion.complete(
+            for chunk in completion.complete(
                 self,
                 prompt,
                 tokens,
@@ -522,9 +522,11 @@ class FirstLlama(llama_cpp.Llama):
                 echo=echo,
                 stream=stream,
                 model=self.model_path if model is None else model,
-            )
-        if self.cache:
-            self.cache[self.input_ids[: self.n_tokens].tolist()] = self.save_state()
+            ):
+                # Before the last one: nobody need ask for what comes after it.
+                if self.cache and chunk["choices"][0]["finish_reason"]:
+                    self.cache[self.input_ids[: self.n_tokens].tolist()] = self.save_state()
+                yield chunk
 
     def _restore_cached(self, tokens: list[int]) -> None:
         """Load the state of set_cache()'s cache that has more of the prompt than the sequence."""

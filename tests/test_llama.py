@@ -346,6 +346,21 @@ def test_set_cache_gives_what_a_fresh_object_gives(files):
         assert (found["choices"], found["first"]) == (fresh["choices"], fresh["first"])
 
 
+def test_every_call_leaves_an_entry_in_the_cache(files):
+    llm, cache = FirstLlama(files["full"][2], **F32), llama_cpp.LlamaRAMCache(1 << 24)
+    llm.set_cache(cache)
+    messages = [{"role": "user", "content": "the lazy dog"}]
+    calls = (
+        lambda: llm.create_completion("the quick", **GREEDY),
+        lambda: llm.create_chat_completion(messages, **GREEDY),
+        lambda: list(llm.create_completion("brown fox", stream=True, **GREEDY)),
+        lambda: list(llm.create_chat_completion(messages * 2, stream=True, **GREEDY)),
+    )
+    for n, call in enumerate(calls, 1):
+        call()
+        assert len(cache.cache_state) == n
+
+
 @pytest.fixture(scope="module")
 def pruned(tiny_model, tmp_path_factory):
     """(model file, mask, file of a model that has only the layers of the mask): the same forward, by other means."""
