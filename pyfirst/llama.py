@@ -198,7 +198,7 @@ class FirstLlama(llama_cpp.Llama):
         self.routing: Routing | None = None
         self.sticky = sticky
         self._forced = self._check_mask(mask, skip_layers)
-        self._call_mask: np.ndarray | None = None
+        self._call: tuple[np.ndarray | None] | None = None  # (mask,) of the call under way
         self._live = _Live()
         self._pending: _Live | None = None
         if not self._logits_all:
@@ -322,7 +322,7 @@ class FirstLlama(llama_cpp.Llama):
 
     def _active_mask(self) -> np.ndarray | None:
         """The mask to force on the next prompt, or None where the routers decide or nothing is skipped at all."""
-        return self._call_mask if self._call_mask is not None else self._forced
+        return self._forced if self._call is None else self._call[0]
 
     def _reusable(self, tokens: list[int], forced: np.ndarray | None) -> tuple[int, bool]:
         """(leading tokens of the KV cache to keep, whether the pinned mask goes on).
@@ -543,29 +543,33 @@ class FirstLlama(llama_cpp.Llama):
             result["first"] = self.routing.report()
         return result
 
-    def _answer(self, call: Any, stream: bool, mask: np.ndarray | None) -> Any:
-        """Run one request with its own forced mask and add the "first" entry to what comes back."""
+    def _answer(self, call: Any, mask: np.ndarray | None) -> Any:
+        """Make one request under one mask and add the "first" entry to what comes back, a result or a stream.
+
+        Without ``mask`` it is what forcing() says now, or an outer call: a chat handler calls us in its middle.
+        """
         self._check_open()
-        if stream:
-            return self._stream(call, mask)
-        with self._lock, self._calling(mask):
-            return self._complete(call())
+        with self._lock:
+            if mask is None:
+                mask = self._active_mask()
+            with self._calling(mask):
+                result = call()
+            if isinstance(result, dict):
+                return self._complete(result)
+        return self._stream(iter(result), mask)
 
     @contextlib.contextmanager
     def _calling(self, mask: np.ndarray | None) -> Iterator[None]:
-        """Hold the lock around it. None leaves what an outer call forces: a chat handler calls us in its middle."""
-        before = self._call_mask
-        self._call_mask = before if mask is None else mask
+        """Force ``mask``, or let the routers decide; hold the lock around it."""
+        before, self._call = self._call, (mask,)
         try:
             yield
         finally:
-            self._call_mask = before
+            self._call = before
 
-    def _stream(self, call: Any, mask: np.ndarray | None) -> Iterator[Any]:
-        chunks: Iterator[Any] | None = None
+    def _stream(self, chunks: Iterator[Any], mask: np.ndarray | None) -> Iterator[Any]:
         while True:
             with self._lock, self._calling(mask):
-                chunks = iter(call()) if chunks is None else chunks
                 try:
                     chunk = self._complete(next(chunks))
                 except StopIteration:
@@ -581,11 +585,7 @@ class FirstLlama(llama_cpp.Llama):
         if len(prompt) == 0:
             raise InputError("the prompt is empty: at least one token must decide")
         mask = self._check_mask(kwargs.pop("mask", None), kwargs.pop("skip_layers", None))
-        return self._answer(
-            lambda: super(FirstLlama, self).create_completion(prompt, *args, **kwargs),
-            kwargs.get("stream", False),
-            mask,
-        )
+        return self._answer(lambda: super(FirstLlama, self).create_completion(prompt, *args, **kwargs), mask)
 
     def __call__(self, prompt: str, *args: Any, **kwargs: Any) -> Any:
         """Same as create_completion."""
@@ -610,11 +610,7 @@ class FirstLlama(llama_cpp.Llama):
         if self.chat_handler is None and self.chat_format is None:
             raise InputError(f"{self.model_path}: no chat template in this file; pass chat_format= or a plain prompt")
         mask = self._check_mask(kwargs.pop("mask", None), kwargs.pop("skip_layers", None))
-        return self._answer(
-            lambda: super(FirstLlama, self).create_chat_completion(messages, *args, **kwargs),
-            kwargs.get("stream", False),
-            mask,
-        )
+        return self._answer(lambda: super(FirstLlama, self).create_chat_completion(messages, *args, **kwargs), mask)
 
     def reset(self) -> None:
         """Forget the sequence and its mask."""

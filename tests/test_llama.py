@@ -581,6 +581,36 @@ def test_a_mask_is_for_the_call_that_names_it(files):
     assert all(chunk["first"]["skipped"] == [1, 2] for chunk in chunks)
 
 
+def test_a_stream_is_what_its_call_says(files):
+    """Not what is so when its first chunk is asked for; whether it is a stream may also be said by place."""
+    llm = FirstLlama(files["full"][2], **F32)
+    messages = [{"role": "user", "content": "the lazy dog"}]
+    calls = (
+        lambda **kw: llm.create_completion("the quick", **kw, **GREEDY),
+        lambda **kw: llm.create_chat_completion(messages, **kw, **GREEDY),
+    )
+    for call in calls:
+        routed = call()
+        assert routed["first"]["skipped"] not in ([], [2])
+        with llm.forcing([1, 1, 0, 1]):
+            forced, later = call(), call(stream=True)
+        assert {str(chunk["first"]) for chunk in later} == {str(forced["first"])} != {str(routed["first"])}
+        later = call(stream=True)
+        with llm.forcing([1, 1, 0, 1]):
+            assert next(later)["first"] == routed["first"]
+        with pytest.raises(TypeError, match="'foo'"):
+            call(stream=True, foo=1)
+    whole = calls[1]()["choices"][0]["message"]["content"]
+    stream = calls[1](stream=True)
+    messages.append({"role": "assistant", "content": ""})
+    assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in stream) == whole
+    with pytest.raises(InputError, match="'role'"):
+        llm.create_chat_completion([{"content": "x"}], stream=True)
+    by_place = ("the quick", None, 8, 0.0, 0.95, 0.05, 1.0, None, False, [], 0.0, 0.0, 1.0, 40, True)
+    text = "".join(chunk["choices"][0]["text"] for chunk in llm.create_completion(*by_place))
+    assert text == calls[0]()["choices"][0]["text"]
+
+
 @pytest.mark.parametrize("prefill", ["full", "skip"])
 @pytest.mark.parametrize("second", [{}, {"skip_layers": [1, 2]}], ids=["routed", "forced"])
 def test_after_an_interrupted_prompt_everything_is_as_in_a_fresh_object(second, prefill, tiny_model, tmp_path):
