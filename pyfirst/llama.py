@@ -152,7 +152,8 @@ class FirstLlama(llama_cpp.Llama):
 
     Raises:
         ValueError: no such file, not a usable GGUF, mask of the wrong length, prefill or threshold out of range,
-            an architecture whose layers cannot be skipped, without ``n_ctx`` also a file that memory cannot hold.
+            a LoRA file that does not load, an architecture whose layers cannot be skipped, without ``n_ctx`` also a
+            file that memory cannot hold.
     """
 
     def __init__(
@@ -224,11 +225,29 @@ class FirstLlama(llama_cpp.Llama):
         self.prefill = metadata.PREFILL_MODES[mode]
 
     def _open_model(self, model_path: str, kwargs: dict[str, Any]) -> None:
+        lora = kwargs["lora_path"] = os.fspath(kwargs.get("lora_path") or "") or None
+        if lora and not os.path.isfile(lora):
+            raise InputError(f"{lora}: no such file")
+        reasons: list[str] = []
         try:
-            with native.explained(model_path):
+            with native.explained(model_path) as reasons:
                 super().__init__(model_path, **kwargs)
         except jinja2.TemplateError as error:
             raise InputError(f"{model_path}: the chat template does not parse: {error}") from error
+        except RuntimeError as error:
+            if not lora:
+                raise
+            reason = reasons[0].partition(": ")[2] if reasons else error
+            raise InputError(f"{lora}: {reason}") from error
+
+    @property
+    def _lora_adapter(self) -> Any:
+        return self._adapter
+
+    @_lora_adapter.setter
+    def _lora_adapter(self, value: Any) -> None:
+        # The parent takes a null pointer for an adapter, and would end the process.
+        self._adapter = value or None
 
     def close(self) -> None:
         """Free the model; using the object afterwards raises RuntimeError. Harmless when done twice."""

@@ -132,14 +132,14 @@ def captured_errors() -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def explained(model_path: str) -> Iterator[None]:
-    """Turn a failure to load ``model_path`` into an InputError that gives llama.cpp's reason."""
+def explained(model_path: str) -> Iterator[list[str]]:
+    """Turn a failure to load ``model_path`` into an InputError that gives llama.cpp's reason; yields what it logs."""
     path = Path(model_path)
     if not path.is_file():
         raise InputError(f"{model_path}: {'not a file' if path.exists() else 'no such file'}")
     with captured_errors() as reasons:
         try:
-            yield
+            yield reasons
         except ValueError as error:
             reason = reasons[0].partition(": ")[2] if reasons else str(error)
             raise InputError(f"{model_path}: {reason}") from error

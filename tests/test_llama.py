@@ -834,6 +834,52 @@ def test_wrong_input_is_value_error(files, tmp_path):
         FirstLlama(tmp_path / "text.gguf")
 
 
+def test_an_adapter_that_does_not_load_is_told_and_not_fatal(files, tmp_path):
+    """In a process of its own, which a null pointer would end."""
+    import gguf
+
+    path = files["full"][2]
+
+    def adapter(name: str, n_in: int) -> Path:
+        writer = gguf.GGUFWriter(tmp_path / name, "llama")
+        writer.add_string("general.type", "adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", 8.0)
+        weight = np.random.default_rng(0).normal(size=(128, 4)).astype(np.float32)
+        writer.add_tensor("blk.0.ffn_up.weight.lora_a", np.ones((4, n_in), np.float32))
+        writer.add_tensor("blk.0.ffn_up.weight.lora_b", weight)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return tmp_path / name
+
+    (tmp_path / "text.gguf").write_text("hello there")
+    wrong = {tmp_path / "absent.gguf": "no such file", tmp_path / "text.gguf": "magic", path: "general.type"}
+    wrong[adapter("narrow.gguf", 32)] = "incorrect shape"
+    code = (
+        "import sys; from pyfirst import FirstLlama\n"
+        "for lora in sys.argv[2:]:\n"
+        "    try: FirstLlama(sys.argv[1], n_ctx=256, lora_path=lora)\n"
+        "    except ValueError as error: print(error)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code, path, *wrong], env=env, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) == len(wrong), done.stderr
+    for line, (file, reason) in zip(lines, wrong.items(), strict=True):
+        assert line.startswith(f"{file}: ") and reason in line
+    good = adapter("good.gguf", tiny.WIDTH)
+    theirs = llama_cpp.Llama(str(path), lora_path=str(good), verbose=False, **F32)
+    mine = FirstLlama(path, lora_path=good, routing=False, **F32)
+    prompt = tiny.prompt(20)
+    assert (
+        tokens_of(mine, prompt)
+        == tokens_of(theirs, prompt)
+        != tokens_of(FirstLlama(path, routing=False, **F32), prompt)
+    )
+
+
 def test_routers_that_do_not_fit_are_a_load_error(tiny_model, tmp_path):
     """Keys whose sizes are wrong must not load as routers of zero."""
     import gguf
