@@ -177,6 +177,8 @@ class FirstLlama(llama_cpp.Llama):
         kwargs.setdefault("seed", random.SystemRandom().getrandbits(31))
         for key in ("n_threads", "n_threads_batch"):
             kwargs[key] = kwargs.get(key) or usable_cpus()
+        if kwargs.get("draft_model") is not None:
+            kwargs["logits_all"] = True  # as the parent has it, but without rows for all logits
         fit.fill(model_path, kwargs, prefill, max_ctx)
         self._lock = threading.RLock()
         self._turn = 0  # of the call that holds the sequence
@@ -195,6 +197,7 @@ class FirstLlama(llama_cpp.Llama):
             kwargs["n_batch"] = max(wanted, kwargs.get("n_batch", 512))
             kwargs["n_ubatch"] = wanted
             self._open_model(os.fspath(model_path), kwargs)
+        self._n_ctx = self._n_cells  # up to which the parent drafts
 
         self.routing: Routing | None = None
         self.sticky = sticky
@@ -460,6 +463,7 @@ class FirstLlama(llama_cpp.Llama):
                 tokens = self._open(tokens)
             kwargs["reset"] = False
             parent = super().generate(tokens, *args, **kwargs)
+            n_read = self.n_tokens + len(tokens)  # before the next token; n_tokens also counts drafts
         received = None
         try:
             while True:
@@ -473,7 +477,8 @@ class FirstLlama(llama_cpp.Llama):
                         token = parent.send(received)
                     except StopIteration:
                         return
-                    full = self.n_tokens >= self._n_cells
+                    full = n_read >= self._n_cells
+                    n_read += 1
                 received = yield token
                 if full:
                     return

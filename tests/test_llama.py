@@ -701,6 +701,32 @@ def test_the_end_of_the_context_is_an_error_or_length(files, tiny_model, tmp_pat
         FirstLlama(path, n_ctx=2**31 - 256)
 
 
+@pytest.mark.parametrize("n_ctx", [100, 128])
+@pytest.mark.parametrize("prefill", ["full", "skip"])
+def test_drafts_change_no_answer_up_to_the_end_of_the_context(prefill, n_ctx, files):
+    path, options = files[prefill][2], {**F32, "n_ctx": n_ctx, "n_batch": 32}
+    prompt, call = tiny.prompt(20), {"temperature": 0.0, "max_tokens": None}
+    plain = FirstLlama(path, **options)
+    call["logit_bias"] = {plain.token_eos(): -100.0}
+    truth = plain.create_completion(prompt, **call)
+    read = plain.input_ids[: plain.n_tokens].tolist()
+    assert truth["choices"][0]["finish_reason"] == "length" and len(read) == n_ctx - 1
+
+    class Drafts(llama_cpp.llama_speculative.LlamaDraftModel):
+        """The answer itself, every fifth token wrong."""
+
+        def __call__(self, ids, /, **kwargs):
+            following = [token if i % 5 else 7 for i, token in enumerate([*read, *[7] * 20])]
+            return np.array(following[len(ids) : len(ids) + 10], np.intc)
+
+    drafted = FirstLlama(path, draft_model=Drafts(), **options)
+    for _ in range(2):
+        found = drafted.create_completion(prompt, **call)
+        assert [found[key] for key in ("choices", "usage", "first")] == [
+            truth[key] for key in ("choices", "usage", "first")
+        ]
+
+
 def test_closing_frees_and_says_so(files):
     path = files["full"][2]
     llm = FirstLlama(path, **F32)
