@@ -34,6 +34,7 @@ import llama_cpp  # isort: skip  (after native, which points it at our library)
 from llama_cpp.llama_chat_format import chat_formatter_to_chat_completion_handler  # isort: skip
 
 STATE_VERSION = 1
+_TEMPLATE = "chat_template.default"  # the parent's name for the template in the file
 
 logger = logging.getLogger("pyfirst")
 
@@ -211,12 +212,12 @@ class FirstLlama(llama_cpp.Llama):
         self._threshold: float | None = None
         self._routed = False
         self._file = ""  # fingerprint, made when first needed
+        if self.metadata.get("tokenizer.chat_template"):
+            handler = chat_formatter_to_chat_completion_handler(self.chat_template)  # type: ignore[arg-type]
+            self._chat_handlers[_TEMPLATE] = handler
         if self.chat_handler is None and kwargs.get("chat_format") is None:
             # The parent guesses a format, and without a template takes a wrong one in silence.
-            self.chat_format = None
-            if self.metadata.get("tokenizer.chat_template"):
-                handler = chat_formatter_to_chat_completion_handler(self.chat_template)  # type: ignore[arg-type]
-                self.chat_handler = handler
+            self.chat_format = _TEMPLATE if _TEMPLATE in self._chat_handlers else None
         if routing and not self.has_routers:
             if self._forced is None:
                 logger.warning("%s: no routers in this file, running dense", model_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import llama_cpp
 import pytest
 
 from first_convert.ggufio import Entry, Gguf, rewrite
@@ -135,6 +136,13 @@ def test_what_are_no_messages_is_refused(messages, tiny_model):
 
 
 def test_a_format_that_was_asked_for_is_used(tiny_model):
-    llm = FirstLlama(tiny_model("llama")[1], chat_format="llama-2")
-    llm.create_chat_completion(CHATS[0], max_tokens=1)
-    assert b"[INST]" in llm.detokenize(llm.input_ids[: llm.n_tokens].tolist())
+    path = tiny_model("llama")[1]
+    llm, later = FirstLlama(path, chat_format="llama-2"), FirstLlama(path)
+    assert later.chat_format == llama_cpp.Llama(str(path), verbose=False).chat_format == "chat_template.default"
+    later.chat_format = "llama-2"
+    for one in (llm, later):
+        one.create_chat_completion(CHATS[0], max_tokens=1)
+        assert b"[INST]" in one.detokenize(one.input_ids[: one.n_tokens].tolist())
+        one.chat_format = "chat_template.default"
+        one.create_chat_completion(CHATS[0], max_tokens=1)
+        assert one.input_ids[: one.n_tokens].tolist() == one.chat_tokens(CHATS[0])
