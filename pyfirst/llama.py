@@ -253,6 +253,11 @@ class FirstLlama(llama_cpp.Llama):
         # The parent takes a null pointer for an adapter, and would end the process.
         self._adapter = value or None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is opened with; as at the parent it begins with an empty sequence."""
+        own = {"routing": self._routed, "threshold": self.threshold, "mask": self._forced, "sticky": self.sticky}
+        return {**super().__getstate__(), **own, "prefill": self.prefill}
+
     def close(self) -> None:
         """Free the model; using the object afterwards raises RuntimeError. Harmless when done twice."""
         if hasattr(self, "_stack"):  # or the constructor refused its arguments

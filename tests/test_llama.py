@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import itertools
 import os
@@ -183,6 +184,28 @@ def test_a_file_without_routers_says_that_it_runs_dense(tiny_model, caplog):
     caplog.clear()
     FirstLlama(tiny_model("llama")[1], routing=False, **F32)
     assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"routing": False},
+        {"threshold": 0.6},
+        {"skip": 0.4, "sticky": True},
+        {"prefill": "skip"},
+        {"skip_layers": [1, 2], "prefill": "skip"},
+        {"mask": [1, 0, 1, 1], "routing": False},
+    ],
+)
+def test_copies_decide_as_the_original(options, files):
+    llm = FirstLlama(files["full"][2], **options, **F32)
+    messages = [{"role": "user", "content": "the lazy dog"}]
+    expected = llm.create_chat_completion(messages, **GREEDY)
+    for other in (copy.deepcopy(llm), pickle.loads(pickle.dumps(llm))):
+        found = other.create_chat_completion(messages, **GREEDY)
+        assert (found["choices"], found["first"]) == (expected["choices"], expected["first"])
+        assert (other.threshold, other.sticky, other.prefill) == (llm.threshold, llm.sticky, llm.prefill)
 
 
 def test_the_default_seed_differs_and_a_given_one_does_not(files):
