@@ -287,7 +287,12 @@ class FirstLlama(llama_cpp.Llama):
             self._check_vocab()
             if not isinstance(self.tokenizer_, llama_cpp.LlamaTokenizer):
                 native.check_tokens(self._model.vocab, tokens, "the text")
-                return super().detokenize(tokens, prev_tokens, special)
+                if prev_tokens is None:
+                    return super().detokenize(tokens, None, special)
+                # Half a character is U+FFFD to others: its bytes come with the last of its tokens.
+                both = [self.tokenizer_.detokenize(ids, None, special) for ids in (prev_tokens, prev_tokens + tokens)]
+                before, after = (text.decode("utf-8", "ignore").rstrip("\ufffd") for text in both)
+                return after[len(before) :].encode()
             text = native.text_bytes(self._model.vocab, tokens, special)
             # Tokenizers with BOS put a space before the first word.
             return text[1:] if text[:1] == b" " and tokens[0] == self.token_bos() else text
@@ -513,6 +518,8 @@ class FirstLlama(llama_cpp.Llama):
             raise InputError("suffix: filling in the middle is not supported")
         if isinstance(prompt, str):
             tokens = self.tokenize(prompt.encode(), True, True)
+            if self._model.add_bos_token() and self.token_bos() not in (-1, *tokens[:1]):
+                tokens = [self.token_bos(), *tokens]  # which other tokenizers than llama.cpp's leave out
         else:
             tokens = native.check_tokens(self._model.vocab, prompt, "the prompt")
         if tokens[:2] == [self.token_bos()] * 2:

@@ -168,6 +168,32 @@ def test_results_are_the_parents_plus_first(files, tiny_model):
         assert all(c["first"]["kept"] == 4 for c in streamed)
 
 
+def test_a_tokenizer_of_transformers_gives_the_same_text(tiny_model):
+    """Also characters of several tokens, where each token alone is none, and BOS where the model wants it."""
+    folder, path = tiny_model("llama")
+    other = llama_cpp.llama_tokenizer.LlamaHFTokenizer.from_pretrained(str(folder))
+    answer = "é 😀 🦙 日本語 ї"
+    for add_bos in (False, True):
+        options = {**F32, "routing": False, "kv_overrides": {"tokenizer.ggml.add_bos_token": add_bos}}
+        llm, mine = FirstLlama(path, **options), FirstLlama(path, tokenizer=other, **options)
+        tokens = llm.tokenize(answer.encode(), add_bos=False)
+        assert len(tokens) > len(answer)
+        for one in (llm, mine):
+            steps = itertools.cycle(tokens)
+
+            def only(_, scores, steps=steps):
+                scores[next(steps)] = 1e9
+                return scores
+
+            call = {"logits_processor": [only], "max_tokens": len(tokens), "temperature": 0.0}
+            result = one.create_completion("the quick", **call)
+            assert result["choices"][0]["text"] == answer
+            streamed = one.create_completion("the quick", stream=True, **call)
+            assert "".join(chunk["choices"][0]["text"] for chunk in streamed) == answer
+            assert (one.input_ids[0] == one.token_bos()) == add_bos
+            assert result["usage"]["prompt_tokens"] == len(llm.tokenize(b"the quick"))
+
+
 def test_forced_mask_without_routers(tiny_model):
     folder, path = tiny_model("qwen3")
     for prefill in ("full", "skip"):
