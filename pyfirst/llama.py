@@ -69,7 +69,7 @@ class Routing:
 class _Live:
     """What the sequence in the KV cache went through; decides how much of it the next prompt may reuse."""
 
-    kind: str = "empty"  # or "dense", "routed", "forced"
+    kind: str = "empty"  # or "dense", "routed", "forced", "unscored": without logits that this object must have
     prefill: str = "full"
     n_dense: int = 0  # leading tokens whose keys and values exist in all layers
     deciding: tuple[int, ...] = ()  # in "skip": the tokens that decided
@@ -669,6 +669,7 @@ class FirstLlama(llama_cpp.Llama):
             state.first = {  # type: ignore[attr-defined]
                 "version": STATE_VERSION,
                 "file": self._file_id(),
+                "logits_all": self._logits_all,
                 "live": self._live,
                 "routing": self.routing,
             }
@@ -703,11 +704,13 @@ class FirstLlama(llama_cpp.Llama):
                 self._live = _Live()
                 raise RuntimeError("the state is damaged, or its cache has other types of keys and values")
             self.input_ids[: state.n_tokens] = state.input_ids[: state.n_tokens]
-            if self._logits_all:
-                rows = state.scores[: state.n_tokens]
-                self.scores[: len(rows)] = rows
             self.n_tokens, self._requires_eval, self._seed = state.n_tokens, True, state.seed
             self._live, self.routing = first["live"], first["routing"]
+            if self._logits_all and first.get("logits_all"):
+                self.scores[: state.n_tokens] = state.scores[: state.n_tokens]
+            elif self._logits_all:
+                # It may be gone on from, but a prompt that begins the same computes its logits itself.
+                self._live = _Live("unscored")
 
     def calibration(self) -> tuple[np.ndarray, np.ndarray]:
         """(threshold, mean share of layers kept), float32 [n] each, as measured after training; empty if unknown."""

@@ -384,6 +384,25 @@ def test_states_hold_masks_also_where_nothing_is_routed(routers, prefill, files,
             assert one.routing is not None and (one.routing.mask == keep).all()
 
 
+@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize("n", [1, 20])
+def test_logits_of_a_loaded_prompt_are_those_of_a_fresh_object(scored, n, files):
+    """Also where the state was saved by an object that keeps none but the last."""
+    path, prompt = files["full"][2], tiny.prompt(n, 1)
+    source, llm = FirstLlama(path, logits_all=scored, **F32), FirstLlama(path, logits_all=True, **F32)
+    answer = tokens_of(source, prompt, 3)
+    llm.load_state(pickle.loads(pickle.dumps(source.save_state())))
+    following = llm.generate(answer[2:], temp=0.0, reset=False)
+    assert [*answer, next(following)] == tokens_of(FirstLlama(path, **F32), prompt, 4)
+    following.close()
+    llm.load_state(source.save_state())
+    call = {"max_tokens": 1, "temperature": 0.0, "echo": True, "logprobs": 0}
+    longer = [*prompt, *answer, 7, 8]
+    fresh = FirstLlama(path, logits_all=True, **F32).create_completion(longer, **call)
+    found = llm.create_completion(longer, **call)["choices"][0]["logprobs"]["token_logprobs"]
+    np.testing.assert_allclose(found[1:], fresh["choices"][0]["logprobs"]["token_logprobs"][1:], atol=1e-4)
+
+
 def test_set_cache_gives_what_a_fresh_object_gives(files):
     path = files["full"][2]
     llm = FirstLlama(path, **F32)
