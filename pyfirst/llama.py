@@ -568,7 +568,8 @@ class FirstLlama(llama_cpp.Llama):
     def _restore_cached(self, tokens: list[int]) -> None:
         """Load the state of set_cache()'s cache that has more of the prompt than the sequence."""
         assert self.cache is not None
-        with contextlib.suppress(KeyError):
+        # A cache on disk may hold states of others, which cannot be loaded.
+        with contextlib.suppress(KeyError, InputError, RuntimeError):
             state = self.cache[tokens]
             here = common_prefix(self.input_ids[: self.n_tokens].tolist(), tokens)
             if common_prefix(state.input_ids[: state.n_tokens].tolist(), tokens) > here:

@@ -429,6 +429,26 @@ def test_every_call_leaves_an_entry_in_the_cache(files):
         assert len(cache.cache_state) == n
 
 
+@pytest.mark.parametrize("theirs", ["plain", "file", "size", "kind"])
+def test_states_in_a_cache_that_cannot_be_loaded_are_a_miss(theirs, files, tmp_path):
+    path, options = files["full"][2], {**F32, "n_ctx": 64}
+    prompt = tiny.prompt(30)
+    fresh = FirstLlama(path, **options).create_completion(prompt, **GREEDY)
+    source = {
+        "plain": lambda: llama_cpp.Llama(str(path), verbose=False, **options),
+        "file": lambda: FirstLlama(files["skip"][2], **options),
+        "size": lambda: FirstLlama(path, **F32),
+        "kind": lambda: FirstLlama(path, **{**options, "type_k": 1}),
+    }[theirs]()
+    source.set_cache(llama_cpp.LlamaDiskCache(str(tmp_path)))
+    source.create_completion([*prompt, *tiny.prompt(40, 2)] if theirs == "size" else prompt, **GREEDY)
+    llm, cache = FirstLlama(path, **options), llama_cpp.LlamaDiskCache(str(tmp_path))
+    assert prompt in cache
+    llm.set_cache(cache)
+    found = llm.create_completion(prompt, **GREEDY)
+    assert (found["choices"], found["first"]) == (fresh["choices"], fresh["first"])
+
+
 @pytest.fixture(scope="module")
 def pruned(tiny_model, tmp_path_factory):
     """(model file, mask, file of a model that has only the layers of the mask): the same forward, by other means."""
