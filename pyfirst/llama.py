@@ -433,6 +433,11 @@ class FirstLlama(llama_cpp.Llama):
                 native.set_routing(self.ctx, False)
             try:
                 return super().embed(*args, **kwargs)
+            except BaseException:
+                # The parent clears up only behind the last text.
+                self._ctx.kv_cache_clear()
+                self.reset()
+                raise
             finally:
                 if self._routed:
                     native.set_routing(self.ctx, True)

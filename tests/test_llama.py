@@ -635,6 +635,11 @@ def test_embeddings_are_the_parents_of_the_file_without_routers(prefill, mask, f
         list(stream)
     after = llm("the quick", **GREEDY)
     assert (after["choices"], after["first"]) == (before["choices"], before["first"])
+    # Enough to compute some of them before the one that is refused.
+    with pytest.raises(ValueError, match="exceed batch size"):
+        llm.embed(["the quick"] * 200 + ["x " * 300], truncate=False)
+    after = llm("the quick", **GREEDY)
+    assert (after["choices"], after["first"]) == (before["choices"], before["first"])
 
 
 def test_a_mask_is_for_the_call_that_names_it(files):
