@@ -218,6 +218,8 @@ class FirstLlama(llama_cpp.Llama):
         if self.chat_handler is None and kwargs.get("chat_format") is None:
             # The parent guesses a format, and without a template takes a wrong one in silence.
             self.chat_format = _TEMPLATE if _TEMPLATE in self._chat_handlers else None
+        if kwargs.get("vocab_only"):
+            return  # no layers to decide on
         if routing and not self.has_routers:
             if self._forced is None:
                 logger.warning("%s: no routers in this file, running dense", model_path)

@@ -212,6 +212,15 @@ def test_a_file_without_routers_says_that_it_runs_dense(tiny_model, caplog):
     assert not caplog.text
 
 
+@pytest.mark.parametrize("prefill", ["full", "skip"])
+def test_a_vocabulary_alone_reads_and_writes_text(prefill, files, caplog):
+    llm, whole = FirstLlama(files[prefill][2], vocab_only=True), FirstLlama(files[prefill][2], **F32)
+    tokens = llm.tokenize(b"the quick", special=True)
+    assert tokens == whole.tokenize(b"the quick", special=True) and llm.detokenize(tokens) == b"the quick"
+    assert llm.chat_tokens([{"role": "user", "content": "x"}]) and not caplog.text
+    assert pickle.loads(pickle.dumps(llm)).tokenize(b"the quick", special=True) == tokens
+
+
 @pytest.mark.parametrize(
     "options",
     [
