@@ -448,7 +448,7 @@ class FirstLlama(llama_cpp.Llama):
         """Evaluate tokens, as the parent does. The first ones after reset() are the prompt that decides."""
         self._check_open()
         with self._lock:
-            if self.n_tokens == 0 and self._pending is None:
+            if len(tokens) and self.n_tokens == 0 and self._pending is None:
                 tokens = self._open(list(tokens))
             try:
                 super().eval(tokens)

@@ -62,6 +62,19 @@ def test_masks_and_greedy_tokens_equal_torch(prefill, files):
 
 
 @pytest.mark.parametrize("prefill", ["full", "skip"])
+def test_evaluating_nothing_changes_nothing(prefill, files):
+    llm, prompt = FirstLlama(files[prefill][2], **F32), tiny.prompt(20)
+    expected = tokens_of(FirstLlama(files[prefill][2], **F32), prompt)
+    llm.eval([])
+    assert llm.n_tokens == 0 and llm.routing is None
+    llm.eval(prompt)
+    llm.eval([])
+    assert llm.n_tokens == 20
+    steps = llm.generate([expected[0]], temp=0.0, reset=False)
+    assert [next(steps) for _ in range(7)] == expected[1:]
+
+
+@pytest.mark.parametrize("prefill", ["full", "skip"])
 def test_reused_prefixes_give_what_a_fresh_object_gives(prefill, files):
     path = files[prefill][2]
     system = tiny.prompt(20, 1)
