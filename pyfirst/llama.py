@@ -13,9 +13,11 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import inspect
 import logging
 import os
 import random
+import reprlib
 import threading
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -34,6 +36,7 @@ import llama_cpp  # isort: skip  (after native, which points it at our library)
 from llama_cpp.llama_chat_format import chat_formatter_to_chat_completion_handler  # isort: skip
 
 STATE_VERSION = 1
+_FORMER = {"f16_kv", "n_parts"}  # options of llama_cpp.Llama before, which LangChain always passes
 _TEMPLATE = "chat_template.default"  # the parent's name for the template in the file
 
 logger = logging.getLogger("pyfirst")
@@ -88,6 +91,13 @@ def fingerprint(model_path: str) -> str:
     return digest.hexdigest()
 
 
+def finite(name: str, value: Any) -> float:
+    """A finite number. Raises InputError."""
+    if not isinstance(value, (int, float, np.integer, np.floating)) or not np.isfinite(value):
+        raise InputError(f"{name} is {value!r}, expected a finite number")
+    return float(value)
+
+
 def pick_threshold(
     model: int, model_path: str, keys: dict[str, str], threshold: float | None, skip: float | None
 ) -> float:
@@ -98,7 +108,7 @@ def pick_threshold(
     if threshold is not None and skip is not None:
         raise InputError("threshold and skip exclude each other")
     if skip is not None:
-        if not 0 <= skip <= 1:
+        if not 0 <= finite("skip", skip) <= 1:
             raise InputError(f"skip is {skip}, expected a share of layers from 0 to 1")
         thresholds, kept = native.calibration(model)
         if not len(kept):
@@ -112,9 +122,7 @@ def pick_threshold(
         if not 0 <= found <= 1:
             raise InputError(f"{model_path}: {metadata.ROUTER_THRESHOLD} is {found:g}, expected 0 to 1; or give one")
         return found
-    if not np.isfinite(threshold):
-        raise InputError(f"threshold is {threshold}, expected a finite number")
-    return float(threshold)
+    return finite("threshold", threshold)
 
 
 def common_prefix(a: Iterable[int], b: Iterable[int]) -> int:
@@ -152,6 +160,7 @@ class FirstLlama(llama_cpp.Llama):
         **kwargs: arguments of llama_cpp.Llama; ``n_threads`` defaults to the cores this process may use.
 
     Raises:
+        TypeError: an argument that neither this class nor llama_cpp.Llama has.
         ValueError: no such file, not a usable GGUF, mask of the wrong length, prefill or threshold out of range,
             a LoRA file that does not load, an architecture whose layers cannot be skipped, without ``n_ctx`` also a
             file that memory cannot hold.
@@ -171,6 +180,9 @@ class FirstLlama(llama_cpp.Llama):
         max_ctx: int = 512,
         **kwargs: Any,
     ):
+        for name in kwargs.keys() - inspect.signature(super().__init__).parameters.keys() - _FORMER:
+            # The parent takes any, in silence.
+            raise TypeError(f"FirstLlama.__init__() got an unexpected keyword argument {name!r}")
         if prefill not in (None, *metadata.PREFILL_MODES):
             raise InputError(f"prefill is {prefill!r}, expected one of {', '.join(metadata.PREFILL_MODES)}")
         kwargs.setdefault("verbose", False)
@@ -324,8 +336,12 @@ class FirstLlama(llama_cpp.Llama):
         if mask is not None and skip_layers is not None:
             raise InputError("mask and skip_layers exclude each other")
         if skip_layers is not None:
+            if isinstance(skip_layers, (str, bytes)) or not isinstance(skip_layers, Iterable):
+                raise InputError(f"skip_layers is {reprlib.repr(skip_layers)}, expected a list of layers")
             result = np.ones(self.n_layer, bool)
             for layer in skip_layers:
+                if isinstance(layer, bool) or not isinstance(layer, (int, np.integer)):
+                    raise InputError(f"skip_layers holds {reprlib.repr(layer)}, expected layers, such as 0")
                 if not 0 <= layer < self.n_layer:
                     raise InputError(f"skip_layers names layer {layer}, the model has layers 0 to {self.n_layer - 1}")
                 result[layer] = False
@@ -333,6 +349,8 @@ class FirstLlama(llama_cpp.Llama):
         result = np.asarray(mask)
         if result.shape != (self.n_layer,):
             raise InputError(f"mask has shape {list(result.shape)}, the model has {self.n_layer} layers")
+        if not all(keep in (0, 1) for keep in result.tolist()):
+            raise InputError(f"mask is {reprlib.repr(mask)}, expected True or False for each layer")
         return result.astype(bool)
 
     @property
@@ -343,7 +361,7 @@ class FirstLlama(llama_cpp.Llama):
     @threshold.setter
     def threshold(self, value: float) -> None:
         with self._lock:
-            native.set_threshold(self.ctx, value)
+            native.set_threshold(self.ctx, finite("threshold", value))
             self._threshold = float(value)
 
     @contextlib.contextmanager

@@ -963,11 +963,25 @@ def test_wrong_input_is_value_error(files, tmp_path):
         lambda: FirstLlama(path, skip=1.5),
         lambda: FirstLlama(path, skip=0.2, threshold=0.5),
         lambda: FirstLlama(path, mask=[1, 1]),
+        lambda: FirstLlama(path, mask=[0.2, 0.9, 0.1, 0.8]),
+        lambda: FirstLlama(path, mask=["0", "1", "0", "1"]),
+        lambda: FirstLlama(path, mask="1010"),
+        lambda: FirstLlama(path, skip_layers=2),
+        lambda: FirstLlama(path, skip_layers="2"),
+        lambda: FirstLlama(path, skip_layers=[1.0]),
+        lambda: FirstLlama(path, skip_layers=[True, False, True, True]),
+        lambda: FirstLlama(path, threshold="0.5"),
+        lambda: FirstLlama(path, skip="0.5"),
+        lambda: setattr(llm, "threshold", None),
+        lambda: setattr(llm, "threshold", "0.5"),
         lambda: FirstLlama(tmp_path / "absent.gguf"),
         lambda: FirstLlama(tmp_path),
     ):
         with pytest.raises(ValueError, match=r".+"):
             call()
+    with pytest.raises(TypeError, match="'treshold'"):
+        FirstLlama(path, treshold=0.2)
+    assert FirstLlama(path, mask=np.array([0.0, 1, 1, 0]), n_parts=-1, f16_kv=True, **F32)._forced is not None
     result = llm("the quick", max_tokens=None, temperature=0, logit_bias={llm.token_eos(): -100.0})
     assert result["choices"][0]["finish_reason"] == "length" and result["choices"][0]["text"]
     (tmp_path / "text.gguf").write_text("hello there")
