@@ -572,6 +572,8 @@ class FirstLlama(llama_cpp.Llama):
         if 0 < temperature < completion.MIN_TEMPERATURE:
             temperature = 0.0
         steps = self.generate(tokens, temp=temperature, logits_processor=logits_processor, **sampling)
+        if self.verbose:
+            self._ctx.reset_timings()
         with contextlib.closing(steps):
             for chunk in completion.complete(
                 self,
@@ -585,9 +587,11 @@ class FirstLlama(llama_cpp.Llama):
                 stream=stream,
                 model=self.model_path if model is None else model,
             ):
-                # Before the last one: nobody need ask for what comes after it.
-                if self.cache and chunk["choices"][0]["finish_reason"]:
-                    self.cache[self.input_ids[: self.n_tokens].tolist()] = self.save_state()
+                if chunk["choices"][0]["finish_reason"]:  # nobody need ask for what comes after the last chunk
+                    if self.verbose:
+                        self._ctx.print_timings()
+                    if self.cache:
+                        self.cache[self.input_ids[: self.n_tokens].tolist()] = self.save_state()
                 yield chunk
 
     def _restore_cached(self, tokens: list[int]) -> None:

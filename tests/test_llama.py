@@ -207,6 +207,17 @@ def test_a_tokenizer_of_transformers_gives_the_same_text(tiny_model):
             assert result["usage"]["prompt_tokens"] == len(llm.tokenize(b"the quick"))
 
 
+@pytest.mark.parametrize("kind", [llama_cpp.Llama, FirstLlama])
+def test_verbose_prints_the_timings_of_each_answer(kind, tiny_model, capfd):
+    llm = kind(str(tiny_model("llama")[1]), verbose=True, **F32)
+    for stream in (False, True):
+        capfd.readouterr()
+        result = llm.create_completion("the quick", stream=stream, **GREEDY)
+        assert not stream or list(result)
+        assert capfd.readouterr().err.count("prompt eval time") == 1
+    llama_cpp._logger.set_verbose(False)
+
+
 def test_forced_mask_without_routers(tiny_model):
     folder, path = tiny_model("qwen3")
     for prefill in ("full", "skip"):
