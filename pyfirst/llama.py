@@ -366,7 +366,7 @@ class FirstLlama(llama_cpp.Llama):
 
     @contextlib.contextmanager
     def forcing(self, mask: Sequence[bool] | np.ndarray | None) -> Iterator[None]:
-        """Force ``mask``, bool [n_layer], on all prompts inside the with block; None lets the routers decide."""
+        """Force ``mask``, bool [n_layer], on all calls made inside the with block; None lets the routers decide."""
         before, self._forced = self._forced, self._check_mask(mask, None)
         try:
             yield
