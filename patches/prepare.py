@@ -53,10 +53,10 @@ def download(cache: Path) -> Path:
     archive = cache / f"{name.replace('-', '_')}-{version}.tar.gz"
     if not archive.is_file():
         cache.mkdir(parents=True, exist_ok=True)
-        # Inside pip's isolated build PYTHONPATH hides pip itself, and CMAKE_ARGS is meant for us alone.
-        env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CMAKE_ARGS")}
+        env = {k: v for k, v in os.environ.items() if k != "CMAKE_ARGS"}  # which is meant for us alone
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", name]
-        subprocess.run([*command, "--require-hashes", "-r", str(LOCK), "-d", str(cache)], env=env, check=True)
+        if subprocess.run([*command, "--require-hashes", "-r", str(LOCK), "-d", str(cache)], env=env).returncode != 0:
+            sys.exit(f"error: pip cannot download the sdist {requirement}; put {archive.name} into {cache}")
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != checksum:
         sys.exit(f"error: {archive}: sha256 is {found}, {LOCK.name} expects {checksum}; delete the file and retry")
@@ -67,6 +67,8 @@ def apply(patch: Path, tree: Path) -> None:
     """Apply one patch; git apply knows no fuzz, and names the file and line of a hunk that fails."""
     # The ceiling keeps git from mistaking our own repository for the tree's.
     env = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tree.parent)}
+    if shutil.which("git") is None:
+        sys.exit("error: no git, which applies the patches; install it")
     result = subprocess.run(
         ["git", "apply", "--verbose", str(patch)], cwd=tree, env=env, capture_output=True, text=True
     )

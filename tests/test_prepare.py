@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 import tarfile
 from pathlib import Path
 
@@ -51,6 +52,26 @@ def test_changed_context_stops_the_build_and_names_the_hunk(tree):
     with pytest.raises(SystemExit, match=r"change\.patch does not apply(.|\n)*src/model\.cpp:1"):
         prepare.apply(tree.parent / "change.patch", tree)
     assert "new" not in (tree / "src" / "model.cpp").read_text()
+
+
+def test_a_build_without_git_is_one_line(tree, monkeypatch):
+    monkeypatch.setenv("PATH", str(tree))
+    with pytest.raises(SystemExit, match=r"^error: no git, .*$"):
+        prepare.apply(tree.parent / "change.patch", tree)
+
+
+def test_a_download_that_fails_is_one_line_with_the_file_to_bring(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare.sys, "executable", "false")
+    name = prepare.pinned()[0].replace("-", "_").replace("==", "-") + ".tar.gz"
+    with pytest.raises(SystemExit, match=f"^error: pip cannot download .*; put {name} into {tmp_path}$"):
+        prepare.prepare(tmp_path)
+
+
+def test_an_isolated_build_holds_the_modules_that_are_run():
+    project = (PATCHES.parent / "pyproject.toml").read_text(encoding="utf-8")
+    required = re.search(r"^requires = \[(.*)\]", project, re.MULTILINE)
+    modules = re.findall(r'"-m", "(\w+)"', (PATCHES / "prepare.py").read_text(encoding="utf-8"))
+    assert required and modules and all(f'"{module}"' in required[1] for module in modules)
 
 
 def test_a_wrong_checksum_stops_the_build(tmp_path):
