@@ -59,7 +59,8 @@ def check(lib_dir: Path, cpuinfo: Path = Path("/proc/cpuinfo")) -> None:
     if missing := flags(built_for) - flags(here):
         raise ImportError(
             f"{lib_dir}: compiled for a processor with {', '.join(sorted(missing))}, which this one lacks; build "
-            "pyfirst again on this machine (pip install --no-cache-dir --force-reinstall .) or install a wheel"
+            "pyfirst again on this machine (in its source folder delete build/py3-none-*, then pip install --no-deps "
+            "--force-reinstall .) or install a wheel"
         )
 
 

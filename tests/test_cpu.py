@@ -72,6 +72,28 @@ def test_import_says_it(tmp_path):
     assert "ImportError" in done.stderr and "sme, which this one lacks" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake")
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="no /proc/cpuinfo")
+@pytest.mark.parametrize("before", [None, "Features : asimd\n", "flags : avx512f sme\n"])  # the last: none has both
+def test_a_build_folder_of_a_better_processor_stops_the_build(before, tmp_path):
+    root, built_for = Path(cpu.__file__).parent.parent, tmp_path / "built-for.txt"
+    text = (root / "CMakeLists.txt").read_text(encoding="utf-8")
+    (tmp_path / "part.cmake").write_text(
+        f'set(CMAKE_CURRENT_SOURCE_DIR "{root}")\nset(Python_EXECUTABLE "{sys.executable}")\nset(GGML_NATIVE ON)\n'
+        "function(install)\nendfunction()\n" + text[text.index("if(GGML_NATIVE AND") :]
+    )
+    if before is not None:
+        built_for.write_text(before)
+    done = subprocess.run(["cmake", "-P", "part.cmake"], cwd=tmp_path, capture_output=True, text=True)
+    if before is not None and "sme" in before:
+        assert done.returncode != 0 and built_for.read_text() == before
+        said = " ".join(done.stderr.split())
+        assert f"{tmp_path}: compiled for a processor" in said and "delete this folder" in said
+    else:
+        assert done.returncode == 0, done.stderr
+        assert cpu.flags(built_for.read_text()) == cpu.flags(Path("/proc/cpuinfo").read_text())
+
+
 @pytest.fixture
 def four(monkeypatch):
     """A process that may use logical CPUs 0 to 3."""
