@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from pyfirst import metadata as key
-from pyfirst import native
 from pyfirst.errors import InputError
 from pyfirst.recipe import FirstConfig
 
@@ -43,6 +42,8 @@ class _InitParams(ctypes.Structure):
 
 def _functions() -> Any:
     """The gguf_* functions of the library, with their types."""
+    from pyfirst import native
+
     lib, ptr, i64 = native.lib, ctypes.c_void_p, ctypes.c_int64
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "gguf_init_from_file": (ptr, [ctypes.c_char_p, _InitParams]),
@@ -152,7 +153,9 @@ def _check_numbers(header: Header, path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[Header]:
-    """The header of a GGUF file. Raises InputError with the reason for anything else."""
+    """The header of a GGUF file. Raises InputError with the reason for anything else, ImportError without a library."""
+    from pyfirst import native
+
     if not Path(path).is_file():
         raise InputError(f"{path}: {'not a file' if Path(path).exists() else 'no such file'}")
     lib = _functions()

@@ -38,7 +38,9 @@ _STATUS = {
 def _package_dir(name: str, witness: str, variable: str) -> Path:
     """A folder that the build installs into the package, also when Python imports the source tree."""
     if variable in os.environ:
-        return Path(os.environ[variable])
+        if list((named := Path(os.environ[variable])).glob(witness)):
+            return named
+        raise ImportError(f"{variable} is '{os.environ[variable]}', expected a folder with {witness}; or unset it")
     candidates = [Path(__file__).resolve().parent / name]
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         candidates.append(Path(str(importlib.metadata.distribution("pyfirst").locate_file(f"pyfirst/{name}"))))
@@ -65,8 +67,11 @@ def _load() -> ctypes.CDLL:
     if "llama_cpp" not in sys.modules:
         os.environ["LLAMA_CPP_LIB_PATH"] = str(lib_dir())
         cpu.check(lib_dir())
-    import llama_cpp
-    from llama_cpp._logger import GGML_LOG_LEVEL_TO_LOGGING_LEVEL
+    try:
+        import llama_cpp
+        from llama_cpp._logger import GGML_LOG_LEVEL_TO_LOGGING_LEVEL
+    except (OSError, RuntimeError, AttributeError) as error:  # no library, a broken one, one of another program
+        raise ImportError(f"{lib_dir()}: llama-cpp-python cannot use this library ({error})") from error
 
     # The bindings take warnings (3) for errors, and would print them also when told to be quiet.
     GGML_LOG_LEVEL_TO_LOGGING_LEVEL[3] = logging.WARNING

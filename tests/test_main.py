@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,8 +90,47 @@ def test_info_of_what_is_no_gguf_is_one_line(kind, tiny_model, tmp_path, capfd):
     assert out == "" and len(err.splitlines()) == 1 and str(path) in err
 
 
-def test_library_without_our_symbols_is_one_line(tmp_path):
-    env = {**os.environ, "LLAMA_CPP_LIB_PATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-m", "pyfirst", "lib-path"], env=env, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1
+def refused(module: str, *options: object, **env: str) -> str:
+    """The one line of a command that finds its input wrong."""
+    command = [sys.executable, "-m", module, *map(str, options)]
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "", done.stderr
+    said = [line for line in done.stderr.splitlines() if ": error: " in line]
+    assert len(said) == 1 and "Traceback" not in done.stderr, done.stderr
+    return said[0]
+
+
+@pytest.mark.parametrize("kind", ["empty name", "no folder", "no library", "no ELF", "another library"])
+def test_a_wrong_library_path_is_named(kind, tmp_path):
+    folder = tmp_path / "lib"
+    if kind != "no folder":
+        folder.mkdir()
+    if kind == "no ELF":
+        (folder / "libllama.so").write_text("text")
+    elif kind == "another library":
+        shutil.copy(next(native.lib_dir().glob("libggml-base.*")), folder / "libllama.so")
+    variable = "" if kind == "empty name" else str(folder)
+    said = refused("pyfirst", "lib-path", LLAMA_CPP_LIB_PATH=variable)
+    if kind in ("no ELF", "another library"):
+        assert f"{folder}: llama-cpp-python cannot use this library (" in said
+    else:
+        assert f"LLAMA_CPP_LIB_PATH is '{variable}', expected a folder with " in said
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        ("pyfirst.cli.bench", ("-m", "MODEL", "--predict", "pi5")),
+        ("pyfirst.cli.eval", ("-m", "MODEL", "--data", "MODEL")),
+        ("pyfirst.cli.inspect", ("MODEL",)),
+        ("pyfirst.cli.run", ("-m", "MODEL", "-p", "a")),
+        ("pyfirst.cli.serve", ("-m", "MODEL")),
+        ("first_convert.convert", ("--strip", "MODEL", "--outfile", "OUT")),
+    ],
+)
+def test_commands_say_in_one_line_that_the_library_is_not_usable(module, options, tiny_model, tmp_path):
+    words = {"MODEL": tiny_model("llama")[1], "OUT": tmp_path / "out.gguf"}
+    env = {"LLAMA_CPP_LIB_PATH": str(tmp_path)}
+    assert f"LLAMA_CPP_LIB_PATH is '{tmp_path}'" in refused(module, *(words.get(o, o) for o in options), **env)
+    command = [sys.executable, "-m", module, "--help"]
+    assert subprocess.run(command, env={**os.environ, **env}, capture_output=True).returncode == 0
