@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pwd
 import shutil
 import signal
 import subprocess
@@ -248,8 +249,14 @@ def test_without_a_pruned_copy_the_line_is_fitted_to_the_forced_runs(tiny_model,
         assert fit["from"] == "forced" and (fit["fixed_s"], fit["layer_s"]) == pytest.approx((fixed, layer))
 
 
-def test_without_a_cache_folder_there_is_no_pruned_copy(tiny_model, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nothing")
+@pytest.mark.parametrize("home", [True, False])
+def test_without_a_cache_folder_there_is_no_pruned_copy(home, tiny_model, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nothing" if home else "")
+    if not home:  # a user whom the system does not know
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+        assert main(["--synthetic", "qwen3-0.6b", "--predict", "pi5"]) == 2
+        assert capsys.readouterr().err.startswith("first-bench: error: no home directory")
     result = bench(str(tiny_model("llama")[1]), prompt_length=8, n_predict=2, repeats=1, skipped="1,2")
     assert {run["mode"] for run in result["runs"]} == {"dense", "forced"}
 

@@ -44,7 +44,11 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"a file of random weights, made here and removed afterwards: {', '.join(bench_files.SHAPES)}",
     )
     add("--type", metavar="TYPE", help="tensor type of --synthetic (default: q4_0)")
-    add("--keep", action="store_true", help=f"keep the file of --synthetic, in {bench_files.cache_dir()}")
+    add(
+        "--keep",
+        action="store_true",
+        help="keep the file of --synthetic, in ~/.cache/pyfirst or $XDG_CACHE_HOME/pyfirst",
+    )
     add("--stock-lib", metavar="DIR", help="folder of an unpatched libllama, to compare the dense path with")
     add("-t", "--threads", type=int, default=1, metavar="N", help="threads (default: 1)")
     add(

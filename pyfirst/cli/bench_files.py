@@ -220,8 +220,11 @@ def write_synthetic(
 
 
 def cache_dir() -> Path:
-    """Where made files lie."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyfirst"
+    """Where made files lie. Raises InputError for a user without a home directory."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyfirst"
+    except RuntimeError:
+        raise InputError("no home directory to make files in; name another folder in XDG_CACHE_HOME") from None
 
 
 @contextlib.contextmanager
