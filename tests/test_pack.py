@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tiny
@@ -27,6 +35,37 @@ def packed(tiny_model, tmp_path):
     recipe = tiny.recipe(tmp_path / "recipe", model, protected=[1])
     convert.convert(base_gguf=base, first=recipe, outfile=tmp_path / "packed.gguf")
     return base, tmp_path / "packed.gguf", recipe
+
+
+def normal(requirement: str) -> str:
+    """The package that a requirement names."""
+    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0].lower())  # type: ignore[index]
+
+
+def test_the_base_dependencies_are_enough(packed, tmp_path):
+    """No module of another package is there, for the command and the processes that it starts."""
+    project = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    todo = re.findall(r'"([^"]+)"', re.search(r"^dependencies = \[(.*)\]", project, re.MULTILINE)[1])  # type: ignore[index]
+    allowed = {"pyfirst", "gguf"}  # the second is upstream's, beside our library
+    while todo:
+        if (name := normal(todo.pop())) not in allowed:
+            allowed.add(name)
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                todo += [text for text in metadata.requires(name) or [] if "extra ==" not in text]
+    owners = metadata.packages_distributions()
+    refused = {module for module, names in owners.items() if not {normal(name) for name in names} & allowed}
+    assert "torch" in refused and "numpy" not in refused
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nclass Refuse:\n  @staticmethod\n  def find_spec(name, path=None, target=None):\n"
+        f"    if name in {refused}: raise ModuleNotFoundError(name, name=name)\nsys.meta_path.insert(0, Refuse)\n"
+    )
+    base, path, recipe = packed
+    out = tmp_path / "out.gguf"
+    command = [sys.executable, "-m", "first_convert.convert", "--base-gguf", base, "--first", recipe, "--outfile", out]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes() == path.read_bytes()
 
 
 def test_tensors_stay_byte_for_byte_and_only_first_keys_are_added(packed):
