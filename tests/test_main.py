@@ -134,3 +134,25 @@ def test_commands_say_in_one_line_that_the_library_is_not_usable(module, options
     assert f"LLAMA_CPP_LIB_PATH is '{tmp_path}'" in refused(module, *(words.get(o, o) for o in options), **env)
     command = [sys.executable, "-m", module, "--help"]
     assert subprocess.run(command, env={**os.environ, **env}, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "package", "extra"),
+    [
+        ("first_convert.convert", ("MODEL", "--outfile", "OUT"), "torch", "convert"),
+        ("pyfirst.training.train", ("-m", "MODEL", "--data", "DATA", "--out", "OUT"), "torch", "train"),
+        ("pyfirst.cli.serve", ("-m", "GGUF"), "uvicorn", "server"),
+    ],
+)
+def test_a_missing_package_names_the_extra_that_brings_it(module, options, package, extra, tiny_model, tmp_path):
+    (tmp_path / f"{package}.py").write_text(
+        f"raise ModuleNotFoundError(\"No module named '{package}'\", name='{package}')"
+    )
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 4)
+    words = {"OUT": tmp_path / "out", "DATA": tmp_path / "data.jsonl"}
+    words["MODEL"], words["GGUF"] = tiny_model("llama")[:2]
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    said = refused(module, *(words.get(option, option) for option in options), PYTHONPATH=path)
+    assert f"No module named '{package}'; " in said and f"pip install '.[{extra}]'" in said
+    project = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'"{package}>=' in project[project.index(f"\n{extra} = [") :].partition("]")[0]

@@ -18,6 +18,8 @@ import sys
 import threading
 from pathlib import Path
 
+from pyfirst.cli.common import one_line
+
 PR_SET_PDEATHSIG = 1
 
 
@@ -49,7 +51,7 @@ def main() -> int:
     except Exception as error:
         if verbose:
             logging.exception("the job failed")
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = one_line(error, "first-convert")
         answer = {"error": text, "expected": isinstance(error, (ValueError, OSError, ImportError))}
     Path(job["result"]).write_text(json.dumps(answer), encoding="utf-8")
     return 0

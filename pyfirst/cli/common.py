@@ -19,6 +19,7 @@ from pyfirst.metadata import PREFILL_MODES
 
 MAX_CTX = 2048  # tokens of a sequence where no -c is given and memory allows it
 MAX_THREADS = 512  # of ggml
+EXTRAS = {"first-convert": "convert", "first-train": "train", "first-serve": "server"}  # of pyproject.toml
 
 
 def parser(prog: str, description: str, example: str) -> argparse.ArgumentParser:
@@ -129,6 +130,14 @@ def check_output(path: str | os.PathLike[str], inputs: Iterable[str | os.PathLik
         path.unlink()
 
 
+def one_line(error: Exception, prog: str) -> str:
+    """What an error says, with what to install where the command ``prog`` lacks a package."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, ModuleNotFoundError) and prog in EXTRAS:
+        text += f"; {prog} needs pip install '.[{EXTRAS[prog]}]' in a clone of pyfirst"
+    return text
+
+
 def run(
     build_parser: Callable[[], argparse.ArgumentParser],
     command: Callable[[argparse.Namespace], object],
@@ -157,7 +166,6 @@ def run(
         if args.verbose:
             traceback.print_exc()
         expected = isinstance(error, (ValueError, OSError, ImportError))
-        text = " ".join(str(error).split()) or type(error).__name__
         hint = "" if expected else " (unexpected; --verbose shows where)"
-        print(f"{prog}: error: {text}{hint}", file=sys.stderr)
+        print(f"{prog}: error: {one_line(error, prog)}{hint}", file=sys.stderr)
         return 2 if expected else 1
