@@ -27,9 +27,10 @@ $(BIN)/python: | system
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
 
-# The dependency is wanted for its Python layer only: LLAMA_BUILD=OFF keeps it from compiling a second llama.cpp.
+# The dependency is wanted for its Python layer only: LLAMA_BUILD=OFF keeps it from compiling a second llama.cpp, and
+# --no-cache-dir the wheel without a library from other environments.
 $(VENV)/.installed: $(BIN)/python $(SOURCES) $(CONSTRAINTS)
-	CMAKE_ARGS=-DLLAMA_BUILD=OFF $(BIN)/pip install -c $(CONSTRAINTS) llama-cpp-python==0.3.36
+	CMAKE_ARGS=-DLLAMA_BUILD=OFF $(BIN)/pip install --no-cache-dir -c $(CONSTRAINTS) llama-cpp-python==0.3.36
 	$(BIN)/pip install -c $(CONSTRAINTS) '.[convert,train,dev]'
 	touch $@
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 SHELL = [line for kind, text in BLOCKS if kind == "sh" for line in text.strip().splitlines()]
 # These build and install what this test runs on; make itself says whether they would do something.
-BUILD = re.compile(r"make (\w+)$|(\w+=\S+ )?pip install '\.\[([\w,]+)\]'$")
+BUILD = re.compile(r"make (\w+)$|pip install '\.\[([\w,]+)\]'$|CMAKE_ARGS=\S+ pip install .*(llama-cpp-python==\S+)$")
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +42,22 @@ def test_the_readme_has_commands_and_python():
 
 @pytest.mark.parametrize("line", [line for line in SHELL if BUILD.match(line)])
 def test_build_commands_exist(line):
-    target, _, extras = BUILD.match(line).groups()  # type: ignore[union-attr]
+    target, extras, pin = BUILD.match(line).groups()  # type: ignore[union-attr]
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     if target:
         assert subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True).returncode == 0
-    else:
-        text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    elif extras:
         assert all(re.search(rf"^{extra} = \[", text, re.MULTILINE) for extra in extras.split(","))
+    else:
+        assert f'"{pin}"' in text
+
+
+@pytest.mark.parametrize("name", ["README.md", "Makefile", "docs/raspberry-pi.md", "examples/llm_plugin/llm_first.py"])
+def test_a_wheel_without_a_library_stays_out_of_the_cache(name):
+    """pip gives what it once built of a release to every other environment, whatever it was built with."""
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    bare = [line for line in lines if "install" in line and ("LLAMA_BUILD=OFF" in line or "wheel.cmake=false" in line)]
+    assert bare and all(" --no-cache-dir " in line for line in bare)
 
 
 @pytest.mark.slow

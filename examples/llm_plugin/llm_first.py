@@ -1,6 +1,6 @@
 """A plugin for https://llm.datasette.io: models of llm-gguf leave out the layers that the prompt does not need.
 
-CMAKE_ARGS=-DLLAMA_BUILD=OFF llm install . llm-gguf examples/llm_plugin  (in a clone; PyPI's pyfirst is another project)
+CMAKE_ARGS=-DLLAMA_BUILD=OFF llm install --no-cache-dir . llm-gguf examples/llm_plugin  (in a clone, not from PyPI)
 export LLAMA_CPP_LIB_PATH=$(python -m pyfirst lib-path)
 llm gguf register-model rivers MODEL.gguf --n-ctx 1024
 llm -m gguf/rivers "Name three rivers."                 (LLM_FIRST_REPORT=1 says which layers were left out)
