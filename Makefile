@@ -55,8 +55,8 @@ QEMU    := qemu-aarch64-static
 arm: $(BIN)/python
 	@command -v $(ARM_GCC)-g++ >/dev/null || { echo "make arm: no $(ARM_GCC)-g++: apt-get install g++-$(ARM_GCC)"; exit 2; }
 	@command -v cmake >/dev/null && command -v ninja >/dev/null || { echo "make arm: apt-get install cmake ninja-build"; exit 2; }
-	cmake -G Ninja -S . -B $(ARM) -DCMAKE_BUILD_TYPE=Release -DCMAKE_INSTALL_PREFIX=$(CURDIR)/$(ARM)/install \
-	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	cmake -G Ninja -S . -B $(ARM) -DCMAKE_BUILD_TYPE=Release -DCMAKE_INSTALL_PREFIX='$(CURDIR)/$(ARM)/install' \
+	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DPython_EXECUTABLE='$(CURDIR)/$(BIN)/python' \
 	  -DCMAKE_C_COMPILER=$(ARM_GCC)-gcc -DCMAKE_CXX_COMPILER=$(ARM_GCC)-g++ '-DPYFIRST_CPU_VARIANTS=armv8.0_1;armv8.2_2'
 	cmake --build $(ARM) --target pyfirst-libs
 	cmake --install $(ARM) --strip

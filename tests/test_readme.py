@@ -60,6 +60,16 @@ def test_a_wheel_without_a_library_stays_out_of_the_cache(name):
     assert bare and all(" --no-cache-dir " in line for line in bare)
 
 
+def test_make_arm_works_in_a_path_with_spaces(tmp_path):
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    shutil.copy(ROOT / "Makefile", folder)
+    done = subprocess.run(["make", "-n", "arm"], cwd=folder, capture_output=True, text=True)
+    words = shlex.split(done.stdout, comments=True)
+    assert f"-DCMAKE_INSTALL_PREFIX={folder}/build/aarch64/install" in words
+    assert f"-DPython_EXECUTABLE={folder}/.venv/bin/python" in words
+
+
 @pytest.mark.slow
 def test_the_rest_runs_in_order(workplace):
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
