@@ -30,6 +30,7 @@ $(BIN)/python: | system
 # The dependency is wanted for its Python layer only: LLAMA_BUILD=OFF keeps it from compiling a second llama.cpp, and
 # --no-cache-dir the wheel without a library from other environments.
 $(VENV)/.installed: $(BIN)/python $(SOURCES) $(CONSTRAINTS)
+	@$(BIN)/python -c 'import sys; sys.version_info >= (3, 11) or sys.exit("make: $(CONSTRAINTS) needs Python 3.11 or later: make clean, then name one with PYTHON=")'
 	CMAKE_ARGS=-DLLAMA_BUILD=OFF $(BIN)/pip install --no-cache-dir -c $(CONSTRAINTS) llama-cpp-python==0.3.36
 	$(BIN)/pip install -c $(CONSTRAINTS) '.[convert,train,dev]'
 	touch $@
