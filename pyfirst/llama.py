@@ -98,6 +98,11 @@ def finite(name: str, value: Any) -> float:
     return float(value)
 
 
+@functools.lru_cache(256)  # once, however many requests ask
+def _warn(text: str) -> None:
+    logger.warning("%s", text)
+
+
 def pick_threshold(
     model: int, model_path: str, keys: dict[str, str], threshold: float | None, skip: float | None
 ) -> float:
@@ -116,6 +121,9 @@ def pick_threshold(
         # Scores are above 0, so that a threshold of 0 keeps all, of which no measured point need be sure.
         thresholds, kept = np.append(thresholds, 0.0), np.append(kept, 1.0)
         order = np.argsort(kept, kind="stable")
+        nearest = 1 - float(kept[np.abs(kept - (1 - skip)).argmin()])
+        if abs(nearest - skip) > 0.07:  # half of the widest step between measured points, an eighth of the layers
+            _warn(f"{model_path}: skip={skip:g} cannot be reached, the nearest share of layers is {nearest:.2f}")
         return float(np.interp(1 - skip, kept[order], thresholds[order]))
     if threshold is None:
         found = float(keys.get(metadata.ROUTER_THRESHOLD, 0.5))

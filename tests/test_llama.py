@@ -284,6 +284,18 @@ def test_skip_is_between_what_was_measured_and_all_layers(monkeypatch):
         assert pick_threshold(0, "x", {}, None, skip) == pytest.approx(threshold)
 
 
+def test_a_share_that_no_threshold_comes_near_is_told_once(monkeypatch, caplog):
+    points = np.array([0.2, 0.5], np.float32), np.array([1.0, 0.75], np.float32)
+    monkeypatch.setattr(native, "calibration", lambda model: points)
+    for skip in (0, 0.05, 0.25, 0.3):
+        pick_threshold(0, "single.gguf", {}, None, skip)
+    assert not caplog.text
+    for _ in range(2):
+        pick_threshold(0, "single.gguf", {}, None, 0.5)
+    assert [r.getMessage() for r in caplog.records if "skip=0.5 cannot" in r.getMessage() and "0.25" in r.getMessage()]
+    assert len(caplog.records) == 1
+
+
 def test_threshold_and_skip(files):
     path = files["full"][2]
     prompt = tiny.prompt(12, 3)

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from first_convert.convert import convert
+from pyfirst import FirstLlama
 from pyfirst.errors import InputError
 from pyfirst.evaluation import Scorer
 from pyfirst.recipe import load_recipe
@@ -268,6 +269,29 @@ def test_static_gives_every_prompt_the_same_mask(folder, data, tmp_path, kind):
     assert not recipe.weight.any()
 
 
+@pytest.mark.parametrize("kind", ["one task", "loo"])
+def test_a_single_mask_grows_and_shrinks_in_the_order_of_its_layers(data, tmp_path, monkeypatch, kind):
+    """In the runtime, by skip=; at the recipe's threshold it is the mask that was asked for."""
+    model, order = tiny.make("llama", tmp_path / "model", num_hidden_layers=8), [5, 2, 6, 1, 3, 4]
+    monkeypatch.setattr("pyfirst.training.search.find_order", lambda *given: torch.tensor(order)[: given[2]])
+    path = tmp_path / "some.jsonl"
+    lines = [line for line in data.read_text(encoding="utf-8").splitlines() if kind == "loo" or '"text"' in line]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    more = ("--phase", "routers", *(("--static", "loo") if kind == "loo" else ()))
+    assert main(arguments(model, path, tmp_path / "out", *more)) == 0
+    convert(model, first=tmp_path / "out", outfile=tmp_path / "out.gguf", outtype="f32")
+
+    def skipped(**how) -> list[int]:
+        llm = FirstLlama(str(tmp_path / "out.gguf"), n_ctx=64, verbose=False, **how)
+        next(iter(llm.generate([5, 6, 7], temp=0.0)))
+        llm.close()
+        return (~llm.routing.mask).nonzero()[0].tolist()
+
+    assert skipped() == sorted(order[:2])
+    for count in range(6):
+        assert skipped(skip=count / 8) == sorted(order[:count])
+
+
 def test_the_papers_objective_and_bf16(folder, data, tmp_path):
     assert main(arguments(folder, data, tmp_path / "out", "--objective", "paper", "--bf16")) == 0
     config = load_recipe(tmp_path / "out").config
@@ -313,6 +337,22 @@ def test_nan_steps_are_left_out_and_end_the_run(folder, data, trained, tmp_path,
         assert main(arguments(folder, data, trained, "--force", "--steps", steps)) == 2
         assert "not finite" in capsys.readouterr().err
     assert (trained / "first_routers.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("prefill", ["full", "skip"])
+def test_calibrated_thresholds_lie_between_scores(folder, prefill):
+    """Also between those of layers with a bias alone, which are the same for every prompt but for rounding."""
+    routers = Routers(4, tiny.WIDTH)
+    torch.nn.init.normal_(routers.weight[1], std=0.3)
+    with torch.no_grad():
+        routers.bias.copy_(torch.tensor([0.0, 0.0, 0.7, -0.9]))
+    model = FirstModel(tiny.load(folder), routers, 0.5, prefill, window=5, protected=[0])
+    some, _ = load_examples([Example("a", f"the {i} dogs" * i, ["fox"], "") for i in range(1, 7)], tiny.tokenizer(), 99)
+    found = report.calibration(model, some, 2)
+    for threshold, kept in zip(found["threshold"], found["kept"], strict=True):
+        for moved in (threshold - 2e-6, threshold + 2e-6):
+            assert report.kept_share(model, some, 2, moved) == pytest.approx(kept, abs=1e-5)
+    assert found["kept"][0] == 1.0 and len(set(found["kept"])) > 2
 
 
 def test_collapse_is_told():

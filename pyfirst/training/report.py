@@ -32,6 +32,8 @@ PRIVATE = (
     "base_name",
 )
 CALIBRATION_POINTS = 21
+# Scores that differ by less are the same but for rounding.
+TIE = 1e-5
 
 
 def say(text: str) -> None:
@@ -109,7 +111,12 @@ def calibration(model: FirstModel, held: Sequence[Example], batch_size: int) -> 
         return {"threshold": [], "kept": []}
     points = 9 if model.prefill == "skip" else CALIBRATION_POINTS
     places = torch.linspace(0, len(ordered) - 1, points).round().long()
-    thresholds = sorted({round(float(ordered[i]), 6) for i in places} | {float(model.threshold)})
+    # Between a score and the next lower one, so that rounding elsewhere turns no decision over: a layer with a bias
+    # alone has the same score for every prompt.
+    first = torch.cat([torch.zeros(1, dtype=torch.long), (ordered.diff() > TIE).nonzero()[:, 0] + 1])
+    middles = (ordered[first] + torch.cat([torch.zeros(1), ordered[first[1:] - 1]])) / 2
+    steps = torch.searchsorted(first, places, right=True) - 1
+    thresholds = sorted({round(t, 6) for t in middles[steps].tolist()} | {float(model.threshold)})
     if model.prefill == "full":
         protected = model.protected.cpu()
         kept = [float(((scores >= t) | protected).float().mean()) for t in thresholds]

@@ -445,14 +445,14 @@ def train(args: argparse.Namespace) -> Path:
         return known[name]
 
     def order() -> torch.Tensor:
-        """The layers to leave out, the first first: half as many again as the target asks of one mask."""
+        """The layers to leave out, the first first: for routing half as many again as the target asks of one mask."""
         if not removals:
             return torch.empty(0, dtype=torch.long)
 
         def find() -> dict[str, torch.Tensor]:
             some = sample()
             report.say(f"leaving out each of {unprotected} layers on {len(some)} examples of {', '.join(tasks)}")
-            return {"order": find_order(model, some, most, args.batch_size)}
+            return {"order": find_order(model, some, most if routed else possible, args.batch_size)}
 
         return once("order", find)["order"]
 
@@ -461,13 +461,13 @@ def train(args: argparse.Namespace) -> Path:
             ladder, total = nested(order(), count, least), len(tasks) * removals
             masks, curves = settle(model, sample(FIT_EXAMPLES), tasks, ladder, total, args.batch_size, report.say)
             targets = targets_of(order(), curves, masks)
+        elif args.static in (None, "loo"):
+            masks = nested(order(), count)[removals][None]
+            targets = targets_of(order(), torch.zeros(1, 1), masks)
         else:
-            if args.static in (None, "loo"):
-                mask = nested(order(), count)[removals]
-            else:
-                mask = static_mask(args.static, model.protected, removals, args.seed)
-            masks = mask.expand(len(tasks), -1).clone()
+            masks = static_mask(args.static, model.protected, removals, args.seed)[None]
             targets = torch.where(masks, SPREAD, -SPREAD)
+        masks, targets = (found.expand(len(tasks), -1).clone() for found in (masks, targets))
         for task, row in zip(tasks, masks.tolist(), strict=True):
             report.say(f"  {''.join('#' if keep else '.' for keep in row)}  {task}")
         return {"masks": masks, "targets": targets}
