@@ -66,6 +66,7 @@ def test_a_run_leaves_a_complete_recipe(folder, trained):
         "first_routers.safetensors",
     ]  # fmt: skip
     assert not [p for p in trained.parent.iterdir() if p != trained]
+    assert len({p.stat().st_mode for p in trained.iterdir()}) == 1  # as the umask says
     recipe = load_recipe(trained)
     config = recipe.config
     assert config.protected == [0, 3]
@@ -742,6 +743,49 @@ def test_only_recipes_are_replaced(folder, data, tmp_path, capsys, monkeypatch):
     (tmp_path / "link").symlink_to(target)
     assert main(arguments(folder, data, "link", "--phase", "routers")) == 0
     assert (target / "first_config.json").is_file()
+
+
+def test_force_deletes_nothing_but_a_recipe(folder, data, tmp_path, capsys):
+    recipe = tiny.recipe(tmp_path / "recipe", folder)
+    (recipe / "my-model.gguf").write_text("mine", encoding="utf-8")
+    assert main(arguments(folder, data, recipe, "--force")) == 2
+    assert "my-model.gguf" in capsys.readouterr().err.splitlines()[-1]
+    assert len(list(recipe.iterdir())) == 3
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_what_comes_into_out_during_a_run_stays(folder, data, tmp_path, monkeypatch, capsys, force):
+    out, measure = tmp_path / "out", report.measure
+    if force:
+        tiny.recipe(out, folder)
+
+    def late(*args):
+        out.mkdir(exist_ok=True)
+        (out / "thesis.txt").write_text("mine", encoding="utf-8")
+        return measure(*args)
+
+    monkeypatch.setattr(report, "measure", late)
+    more = ("--phase", "routers", *(("--force",) if force else ()))
+    assert main(arguments(folder, data, out, *more)) == 2
+    assert (out / "thesis.txt").read_text(encoding="utf-8") == "mine"
+    words = capsys.readouterr().err.splitlines()[-1].split()
+    assert str(out) in " ".join(words[:-1])
+    load_recipe(words[-1])
+
+
+def test_two_runs_do_not_share_an_out(folder, data, tmp_path, monkeypatch, capsys):
+    measure, codes = report.measure, []
+    argv = arguments(folder, data, tmp_path / "out", "--phase", "routers")
+
+    def meanwhile(*args):
+        codes.append(subprocess.run([sys.executable, "-m", "pyfirst.training.train", *argv], capture_output=True))
+        return measure(*args)
+
+    monkeypatch.setattr(report, "measure", meanwhile)
+    assert main(argv) == 0
+    assert codes[0].returncode == 2
+    assert b"another first-train is at work" in codes[0].stderr and codes[0].stderr.count(b"\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_threshold_outlives_scores_that_are_not_finite():

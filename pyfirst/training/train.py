@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import logging
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,20 @@ from pyfirst.recipe import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_WEIGHTS_NAME,
     CONFIG_NAME,
+    ROUTERS_NAME,
     FirstConfig,
     Recipe,
     load_recipe,
     save_recipe,
 )
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+# The files of a recipe, all that --force deletes.
+OWN = ("README.md", CONFIG_NAME, ROUTERS_NAME, ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME)
 # Examples a task on which the number of layers is chosen and the routers are fitted.
 FIT_EXAMPLES = 64
 # Layers that carry a state from token to token, as a model's config names them.
@@ -146,6 +155,34 @@ def check(args: argparse.Namespace) -> None:
             raise InputError(f"{out}: exists and is not empty; choose another --out or add --force")
         if not (out / CONFIG_NAME).is_file():
             raise InputError(f"{out}: no recipe, so --force does not replace it; choose another --out")
+        check_own(out, out)
+
+
+def check_own(folder: Path, out: Path) -> None:
+    """Raise InputError for a folder, ``out`` to the user, that holds anything but the files of a recipe."""
+    if foreign := sorted(path.name for path in folder.iterdir() if path.name not in OWN or path.is_dir()):
+        raise InputError(f"{out}: --force would delete {foreign[0]}, which is no part of a recipe; move it away")
+
+
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Inside the block no other run writes to ``out``. Raises InputError where one does already."""
+    if fcntl is None or int(os.environ.get("RANK", "0")) > 0:
+        yield
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path = out.parent / f".{out.name}.lock"
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{out}: another first-train is at work on it; choose another --out") from None
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def protected_layers(text: str, count: int) -> list[int]:
@@ -340,6 +377,12 @@ def train(args: argparse.Namespace) -> Path:
     replaced by a complete new one.
     """
     check(args)
+    out = Path(args.out).resolve()
+    with alone(out):
+        return _train(args, out)
+
+
+def _train(args: argparse.Namespace, out: Path) -> Path:
     # Imported late: they take seconds, which --help and a wrong option need not wait for.
     import torch
     import transformers
@@ -415,7 +458,6 @@ def train(args: argparse.Namespace) -> Path:
         report.leave_one_out_table(some, deltas)
 
     teacher = teacher_of(args.teacher, model) if args.teacher else None
-    out = Path(args.out).resolve()
     work = out.parent / f".{out.name}.work"
     if first_process:
         content["recipe"] = checkpoints.digest(asdict(earlier.config), routers.state_dict()) if earlier else None
@@ -532,7 +574,7 @@ def train(args: argparse.Namespace) -> Path:
 def write(out: Path, model: Any, config: FirstConfig, args: argparse.Namespace) -> None:
     """Write the whole recipe beside ``out``, then put it in place of what is there."""
     import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save
 
     from pyfirst.training import report
 
@@ -552,19 +594,24 @@ def write(out: Path, model: Any, config: FirstConfig, args: argparse.Namespace) 
             bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
             if bad:
                 raise InputError(f"the trained LoRA is not finite ({bad[0]}); nothing written, try a lower --lr")
-            save_file(tensors, path, metadata={"format": "pt"})
+            path.unlink()  # readable for its owner only, whatever the umask
+            path.write_bytes(save(tensors, metadata={"format": "pt"}))
         routers = model.routers
         save_recipe(new, config, routers.weight.detach().cpu().numpy(), routers.bias.detach().cpu().numpy())
         (new / "README.md").write_text(report.card(config, args), encoding="utf-8")
         old = Path(folder) / "old"
-        if out.exists():
-            out.rename(old)
         try:
-            new.rename(out)
-        except OSError:
+            if args.force and out.exists():
+                out.rename(old)
+                check_own(old, out)  # what has come since the start too
+            new.rename(out)  # of what is there, replaces an empty folder only
+        except (InputError, OSError) as error:
             if old.exists():
                 old.rename(out)
-            raise
+            kept = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
+            new.rename(kept)
+            reason = error if isinstance(error, InputError) else f"{out}: cannot be replaced ({error.strerror})"
+            raise InputError(f"{reason}; the new recipe is in {kept}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
