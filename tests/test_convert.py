@@ -629,6 +629,9 @@ def test_a_model_folder_with_a_lora_inside_is_refused_until_one_is_named(tiny_mo
         shutil.copy(path, model / path.name)
     text = refused(capsys, tmp_path / "out.gguf", model)
     assert "adapter_config.json" in text and f"--lora {model}" in text
+    recipe = tiny.recipe(tmp_path / "recipe", model)
+    for more in ((), ("--lora", adapter), ("--first", shutil.copytree(adapter, recipe, dirs_exist_ok=True))):
+        assert "holds a LoRA too" in refused(capsys, tmp_path / "out.gguf", model, *more)
     assert convert.convert(model, lora=model, outfile=tmp_path / "out.gguf", outtype="f32")["lora"]["pairs_used"] == 4
 
 

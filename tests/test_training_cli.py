@@ -396,6 +396,7 @@ def test_missed_budget_is_told(folder, data, tmp_path, capsys):
         (["--lora-alpha", "0"], "--lora-alpha"),
         (["--lora-targets", "q_proj,no_such_layer"], "no_such_layer"),
         (["--lora-targets", ""], "--lora-targets"),
+        (["--lora-targets", "mlp"], "--lora-targets mlp: a module that takes no LoRA"),
         (["--penalty", "nan"], "--penalty"),
         (["--save-steps", "-1"], "--save-steps"),
         (["--seed", "-1"], "--seed"),
@@ -659,6 +660,27 @@ def test_what_is_no_model_is_refused(folder, data, trained, tmp_path, capsys):
     assert main(arguments(tmp_path, data, tmp_path / "out")) == 2
     assert main(arguments(folder, data, trained)) == 2
     assert "--force" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["fp8", "unknown", "bin", "adapter"])
+def test_what_cannot_be_converted_is_not_trained(data, tmp_path, capsys, change):
+    """The same folders with a LoRA are refused by first-convert."""
+    model = tiny.make("llama", tmp_path / "model")
+    lora, path = tiny.adapter(model, tmp_path / "lora"), model / "config.json"
+    if change == "bin":
+        torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+        (model / "model.safetensors").unlink()
+    elif change == "adapter":
+        shutil.copy(lora / "adapter_config.json", model)
+        shutil.copy(lora / "adapter_model.safetensors", model)
+    else:
+        how = {"quant_method": change} if change == "fp8" else {"bits": 4}
+        path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": how}))
+    assert main(arguments(model, data, tmp_path / "out")) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert str(model) in last and {"bin": "safetensors"}.get(change, change) in last
+    with pytest.raises(InputError):
+        convert(model, lora=lora, outfile=tmp_path / "out.gguf")
 
 
 @pytest.mark.parametrize(

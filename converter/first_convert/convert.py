@@ -234,7 +234,8 @@ def convert(
 
     checkpoint = Checkpoint(local_folder(model_dir or "", weights=True))
     adapter = _lora_dir(recipe, None if lora is None else local_folder(lora, weights=False))
-    if adapter is None and (checkpoint.path / ADAPTER_CONFIG_NAME).is_file():  # transformers would apply it
+    inside = (checkpoint.path / ADAPTER_CONFIG_NAME).is_file()
+    if inside and not (adapter and adapter.resolve() == checkpoint.path.resolve()):  # transformers would apply it
         raise InputError(
             f"{checkpoint.path}: holds a LoRA too; give --lora {checkpoint.path} to merge it, or move "
             f"{ADAPTER_CONFIG_NAME} away"

@@ -252,10 +252,13 @@ def settle_options(
     return args, config, removals
 
 
-def load_model(name: str, bf16: bool) -> tuple[Any, Any]:
-    """Model and tokenizer of a local directory or hub name. Raises InputError."""
+def load_model(name: str, bf16: bool, lora: bool = False) -> tuple[Any, Any]:
+    """Model and tokenizer of a local directory or hub name.
+
+    Raises InputError, with ``lora`` also for weights that first-convert could not merge one into.
+    """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
@@ -264,11 +267,22 @@ def load_model(name: str, bf16: bool) -> tuple[Any, Any]:
         raise InputError(f"{path}: no config.json; expected a Hugging Face model directory")
     if not path.is_dir() and (path.exists() or name.count("/") != 1 or name.startswith((".", "/"))):
         raise InputError(f"{path}: no such directory; expected a Hugging Face model directory")
+    if (path / ADAPTER_CONFIG_NAME).is_file():  # transformers would apply it
+        raise InputError(f"{path}: holds an adapter beside the model; merge it, or move {ADAPTER_CONFIG_NAME} away")
+    if lora and path.is_dir() and not any(path.glob("*.safetensors")):
+        raise InputError(f"{path}: no safetensors file, and first-convert merges a LoRA into no other; save it as one")
     try:
+        config = AutoConfig.from_pretrained(name)
+        for part in (config, config.get_text_config()) if lora else ():
+            if quantised := getattr(part, "quantization_config", None):
+                kind = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
+                raise InputError(f"{name}: quantised weights ({kind}), which take no LoRA; use the unquantised model")
         dtype = torch.bfloat16 if bf16 else torch.float32
         # What does not fit would get random weights, so it is asked for.
         how: dict[str, Any] = {"dtype": dtype, "ignore_mismatched_sizes": True, "output_loading_info": True}
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, **how)
+    except InputError:
+        raise
     except Exception as error:  # config and weights fail in their own ways
         what = f"{type(error).__name__}: {error}"
         raise InputError(f"{name}: cannot be loaded as a causal language model ({what})") from error
@@ -318,7 +332,11 @@ def with_lora(base: Any, args: argparse.Namespace, name: str) -> Any:
         text = next(name for name, module in base.named_modules() if module is layers).rpartition(".")[0]
         how["exclude_modules"] = rf"(?!{re.escape(text)}\.|lm_head$).*"
     lora = LoraConfig(target_modules=lora_targets(args.lora_targets, base), **how)
-    base = get_peft_model(base, lora)
+    try:
+        base = get_peft_model(base, lora)
+    except ValueError as error:  # PEFT prints the module, and all kinds that it knows
+        named = f"--lora-targets {args.lora_targets}"
+        raise InputError(f"{named}: a module that takes no LoRA; name linear ones such as q_proj,down_proj") from error
     if lora.target_parameters:  # PEFT's own addition where experts are one tensor
         if args.lora_targets != "all-linear":
             raise InputError(f"--lora-targets {args.lora_targets}: first-convert cannot merge a LoRA on experts")
@@ -414,7 +432,7 @@ def _train(args: argparse.Namespace, out: Path) -> Path:
     started = time.monotonic()
     rows = gather(args.data, read_rows)
     earlier = load_recipe(args.recipe) if args.recipe else None
-    base, tokenizer = load_model(args.model, args.bf16)
+    base, tokenizer = load_model(args.model, args.bf16, args.phase != "routers")
     base.requires_grad_(False)
     first_process = int(os.environ.get("RANK", "0")) == 0
     content: dict[str, str | None] = {}
