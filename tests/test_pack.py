@@ -19,6 +19,7 @@ from first_convert.ggufio import Entry
 from first_convert.upstream import gguf
 from pyfirst import metadata as key
 from pyfirst.errors import InputError
+from pyfirst.recipe import load_recipe
 
 
 def tensor_bytes(path):
@@ -167,3 +168,11 @@ def test_routers_of_the_size_of_a_7b_model(tiny_model, tmp_path):
     read = fields(tmp_path / "big.gguf")
     assert np.array_equal(np.float32(read[key.ROUTER_WEIGHT]), weight.ravel())
     assert pack.open_gguf(tmp_path / "big.gguf").get(key.ROUTER_WEIGHT) == weight.ravel().tolist()
+
+
+def test_a_card_that_is_no_yaml_is_named(tiny_model, tmp_path):
+    recipe = tiny.recipe(tmp_path / "recipe", tiny_model("llama")[0])
+    (recipe / "README.md").write_text("---\nlicense: other: mine\n---\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"recipe/README.md: .*no YAML") as caught:
+        pack.describe(gguf().Metadata(), load_recipe(recipe), "", [recipe])
+    assert "\n" not in str(caught.value)

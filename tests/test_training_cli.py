@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import types
+from array import array
 
 import numpy as np
 import pytest
 import tiny
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from first_convert.convert import convert
@@ -23,7 +26,8 @@ from pyfirst.evaluation import Scorer
 from pyfirst.recipe import load_recipe
 from pyfirst.tasks import Example
 from pyfirst.training import phases, report
-from pyfirst.training.data import MixedSampler, encode, hold_back, load_examples, read_rows
+from pyfirst.training.data import Example as Encoded
+from pyfirst.training.data import MixedSampler, draw, encode, hold_back, load_examples, read_rows
 from pyfirst.training.objectives import steer
 from pyfirst.training.routers import FirstModel, Routers
 from pyfirst.training.train import build_parser, main, protected_layers, train
@@ -252,13 +256,13 @@ def test_gates_learn_with_the_lora(folder, data, tmp_path, monkeypatch):
 
 
 def test_the_lora_meets_many_depths_before_one_is_chosen(folder, data, tmp_path, capsys):
-    assert main(arguments(folder, data, tmp_path / "out")) == 0
+    assert main(arguments(folder, data, tmp_path / "out", "--prior-examples", "16")) == 0
     phases = {phase["name"]: phase for phase in load_recipe(tmp_path / "out").config.training["phases"]}
     assert list(phases) == ["warm-up", "depths", "lora"]
     assert phases["lora"]["log"][-1]["kept"] == 0.75
     assert any(0 < share < 1 for share in phases["depths"]["layer_kept"])
     said = capsys.readouterr().err
-    assert said.count("leaving out each of 2 layers") == 1
+    assert said.count("leaving out each of 2 layers on 32 examples") == 1
 
 
 @pytest.mark.parametrize("kind", ["loo", "even", "random", "2"])
@@ -621,6 +625,28 @@ def test_the_card_counts_the_steps_that_were_taken(folder, data, tmp_path, optio
     assert words in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("name", "licence", "options"),
+    [
+        ("Llama 3.2: my tune #2", "other: see the file", ("--static", "even", "--target-skip", "0")),
+        ("'@me/[x] \u6a21\u578b \U0001f999", "no", ("--penalty", "0", "--epochs", "0.3", "--protect", "0, 3")),
+    ],
+)
+def test_the_card_can_be_read_and_its_options_make_the_recipe_again(folder, data, tmp_path, name, licence, options):
+    argv = arguments(folder, data, tmp_path / "out", "--phase", "routers", *options)
+    if "--epochs" in options:
+        argv = [part for at, part in enumerate(argv) if "--steps" not in argv[max(0, at - 1) : at + 1]]
+    assert main([*argv, "--base-name", name, "--base-license", licence]) == 0
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front == {"license": licence, "base_model": name, "tags": ["first", "layer-skipping"]}
+    shown = shlex.split(card.splitlines()[-1])
+    again = build_parser().parse_args(["-m", "x", "--data", "x", "--out", "x", *shown])
+    training = load_recipe(tmp_path / "out").config.training
+    wanted = {**training["options"], "epochs": None, "steps": training["steps"]}
+    assert {key: value for key, value in vars(again).items() if key in wanted} == wanted
+
+
 def test_two_processes_write_one_recipe(folder, data, tmp_path):
     """`accelerate launch` starts processes in the same way where there are several GPUs, but not on CPUs."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -855,6 +881,15 @@ def test_every_task_is_in_every_step_and_no_prompt_on_both_sides(data):
         assert [training[i].task for i in order[start : start + 8]].count("math") == 4
     assert order == list(MixedSampler(training, 4, 2, seed=1))
     assert order != list(MixedSampler(training, 4, 2, seed=2))
+
+
+def test_few_examples_are_all_drawn_and_no_prompt_twice():
+    """A small task is measured whole; many are held back a fifth at most."""
+    none = array("i")
+    made = [Encoded(none, none, t, f"{t} {i % n}") for t, n in (("few", 9), ("many", 90)) for i in range(2 * n)]
+    texts = [e.text for e in draw(made, 16, 1)]
+    assert len(texts) == len(set(texts)) == 9 + 16
+    assert [e.task for e in hold_back(made, 16, 1)[1]] == ["few"] + ["many"] * 16
 
 
 def test_protect_names_layers():

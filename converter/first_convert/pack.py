@@ -69,7 +69,11 @@ def describe(metadata: Any, recipe: Recipe | None, base_model: str, cards: Seque
         metadata.tags = [*(metadata.tags or []), *(tag for tag in key.TAGS if tag not in (metadata.tags or []))]
         metadata.finetune = metadata.finetune or "first"
     for folder in cards:
-        metadata.license = metadata.license or type(metadata).load_model_card(folder).get("license")
+        try:
+            metadata.license = metadata.license or type(metadata).load_model_card(folder).get("license")
+        except Exception as error:  # of the YAML reader, which imports late
+            reason = " ".join(str(error).split())
+            raise InputError(f"{folder / 'README.md'}: what stands between the '---' is no YAML ({reason})") from None
     name = (recipe.config.base_model if recipe else "") or base_model
     if name:
         organisation, _, model = name.rpartition("/")

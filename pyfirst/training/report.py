@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -187,9 +189,10 @@ def summary(results: dict[str, Any]) -> str:
 def card(config: FirstConfig, args: argparse.Namespace) -> str:
     """README.md of the recipe, with the front matter that model hubs read."""
     results = config.training["held_back"]
-    front = [f"base_model: {config.base_model}", "tags: [first, layer-skipping]"]
-    if args.base_license:
-        front.insert(0, f"license: {args.base_license}")
+    named = {"license": args.base_license, "base_model": config.base_model}
+    # Quoted as JSON, which YAML reads, whatever characters there are.
+    front = [f"{key}: {json.dumps(text, ensure_ascii=False)}" for key, text in named.items() if text]
+    front.append("tags: [first, layer-skipping]")
     drawn = config.training["drawn"]
     lines = ["---", *front, "---", "", f"# FiRST recipe for {config.base_model}", ""]
     lora = f" and a LoRA of rank {args.lora_r}" if args.phase != "routers" else ""
@@ -223,11 +226,11 @@ def card(config: FirstConfig, args: argparse.Namespace) -> str:
         ]
     for warning in config.training["warnings"]:
         lines += ["", f"Warning: {warning}."]
-    options = {**config.training["options"], "steps": config.training["steps"]}
+    options = {**config.training["options"], "steps": config.training["steps"], "epochs": None}
     shown = " ".join(
-        f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+        f"--{name.replace('_', '-')}" + ("" if value is True else f" {shlex.quote(str(value))}")
         for name, value in options.items()
-        if value not in (None, False, "")
+        if value is not None and value is not False and value != ""  # 0 is a value
     )
     lines += ["", "Options of first-train:", "", f"    {shown}", ""]
     return "\n".join(lines)
