@@ -134,19 +134,24 @@ def load_examples(
     return examples, counts
 
 
-def hold_back(examples: Sequence[Example], per_task: int, seed: int) -> tuple[list[Example], list[Example]]:
-    """Split off ``per_task`` examples of every task, at most a fifth of it; no prompt is in both parts."""
+def draw(examples: Sequence[Example], per_task: int, seed: int, part: int = 1) -> list[Example]:
+    """``per_task`` examples of every task, no prompt twice; at most one in ``part`` of its prompts, at least one."""
     chooser = random.Random(seed)
-    held: set[str] = set()
-    kept_back = []
+    drawn = []
     for task in sorted({e.task for e in examples}):
         by_text: dict[str, Example] = {}
         for example in examples:
             if example.task == task:
                 by_text.setdefault(example.text, example)
-        chosen = chooser.sample(sorted(by_text), max(1, min(per_task, len(by_text) // 5)))
-        held.update(chosen)
-        kept_back += [by_text[text] for text in chosen]
+        chosen = chooser.sample(sorted(by_text), max(1, min(per_task, len(by_text) // part)))
+        drawn += [by_text[text] for text in chosen]
+    return drawn
+
+
+def hold_back(examples: Sequence[Example], per_task: int, seed: int) -> tuple[list[Example], list[Example]]:
+    """Split off ``per_task`` examples of every task, at most a fifth of it; no prompt is in both parts."""
+    kept_back = draw(examples, per_task, seed, part=5)
+    held = {e.text for e in kept_back}
     return [e for e in examples if e.text not in held], kept_back
 
 

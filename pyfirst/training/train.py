@@ -408,7 +408,7 @@ def _train(args: argparse.Namespace, out: Path) -> Path:
 
     from pyfirst.tasks import gather
     from pyfirst.training import checkpoints, report
-    from pyfirst.training.data import Example, hold_back, read_rows
+    from pyfirst.training.data import Example, draw, hold_back, read_rows
     from pyfirst.training.objectives import leave_one_out, start_from
     from pyfirst.training.phases import keep_heap_small, plan, run_phase
     from pyfirst.training.routers import FirstModel, Routers
@@ -489,7 +489,7 @@ def _train(args: argparse.Namespace, out: Path) -> Path:
     routed = len(tasks) > 1 and not args.static and args.target_skip > 0
 
     def sample(size: int = args.prior_examples) -> list[Example]:
-        return hold_back(training, size, args.seed + 1)[1]
+        return draw(training, size, args.seed + 1)
 
     known: dict[str, dict[str, torch.Tensor]] = {}
 
