@@ -214,6 +214,19 @@ def test_resuming_with_other_content_of_a_folder_is_refused(folder, data, traine
     assert run(moved, "--resume") == 0
 
 
+@pytest.mark.parametrize("size", [60, 150])
+def test_a_full_disk_is_named(folder, data, tmp_path, capsys, size):
+    """safetensors and torch have errors of their own for it."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size * 1024, limits[1]))
+    try:
+        assert main(arguments(folder, data, tmp_path / "out", "--save-steps", "1")) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"{tmp_path}: cannot be written to, is the disk full?" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_routers_alone_then_lora_on_frozen_routers(folder, data, tmp_path):
     routers = ("--phase", "routers", "--prefill", "skip", "--target-skip", "0.5")
     assert main(arguments(folder, data, tmp_path / "routers", *routers)) == 0

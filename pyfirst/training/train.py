@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import errno
 import json
 import logging
 import math
@@ -183,6 +184,18 @@ def alone(out: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def told_of_full_disks(folder: Path) -> Iterator[None]:
+    """Raise OSError naming ``folder`` where a file cannot be written to its end; libraries have errors of their own."""
+    try:
+        yield
+    except Exception as error:
+        short = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+        if short or "Error while serializing" in str(error) or "inline_container" in str(error):
+            raise OSError(f"{folder}: cannot be written to, is the disk full? ({error})") from error
+        raise
 
 
 def protected_layers(text: str, count: int) -> list[int]:
@@ -396,7 +409,7 @@ def train(args: argparse.Namespace) -> Path:
     """
     check(args)
     out = Path(args.out).resolve()
-    with alone(out):
+    with alone(out), told_of_full_disks(out.parent):
         return _train(args, out)
 
 
