@@ -214,6 +214,28 @@ def test_resuming_with_other_content_of_a_folder_is_refused(folder, data, traine
     assert run(moved, "--resume") == 0
 
 
+def test_a_template_with_the_date_does_not_end_a_run(folder, data, tmp_path, monkeypatch, capsys):
+    """The same template at another time is the same run, another template is not."""
+    model = shutil.copytree(folder, tmp_path / "model")
+    path = model / "chat_template.jinja"
+    path.write_text("{{ strftime_now('%H:%M:%S.%f') }}" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    argv = arguments(model, data, tmp_path / "out")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "measure", stop)
+    assert main(argv) == 130
+    monkeypatch.undo()
+    text = path.read_text(encoding="utf-8")
+    path.write_text("Hello. " + text, encoding="utf-8")
+    assert main([*argv, "--resume"]) == 2
+    assert "another --model than" in capsys.readouterr().err.splitlines()[-1]
+    path.write_text(text, encoding="utf-8")
+    assert main([*argv, "--resume"]) == 0
+    assert "lora: done before" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("size", [60, 150])
 def test_a_full_disk_is_named(folder, data, tmp_path, capsys, size):
     """safetensors and torch have errors of their own for it."""

@@ -16,24 +16,24 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from pyfirst.errors import InputError
 from pyfirst.recipe import read_json
+from pyfirst.tasks import Example
 from pyfirst.training import report
-from pyfirst.training.data import Example
 
 
 def begin(
     work: Path,
     options: Mapping[str, Any],
     content: Mapping[str, str | None],
-    examples: Sequence[Example],
+    rows: Sequence[Example],
     resume: bool,
 ) -> None:
     """Make an empty folder or, to resume, check that the one that lies there is of the same run.
 
-    ``content`` holds digests of what options name by its path, for a folder may have been moved.
+    ``content`` holds digests of what options name by its path, for a folder may have been moved; ``rows`` are the data.
     Raises InputError where another option, content or data was used, OSError where nothing can be written.
     """
     path = work / "options.json"
-    content = {**content, "data": _fingerprint(examples)}
+    content = {**content, "data": _fingerprint(rows)}
     now = json.loads(json.dumps({**options, **content}))
     if resume and work.is_dir():
         before = read_json(path) if path.is_file() else now
@@ -82,8 +82,8 @@ def digest(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> st
     return found.hexdigest()
 
 
-def _fingerprint(examples: Sequence[Example]) -> str:
+def _fingerprint(rows: Sequence[Example]) -> str:
     digest = hashlib.sha256()
-    for example in examples:
-        digest.update(repr((list(example.prompt), list(example.response), example.task)).encode())
+    for row in rows:  # not their tokens: a chat template may put the date in
+        digest.update(repr((row.prompt, row.references[0], row.task)).encode())
     return digest.hexdigest()

@@ -451,6 +451,7 @@ def _train(args: argparse.Namespace, out: Path) -> Path:
     content: dict[str, str | None] = {}
     if first_process:
         described = {**base.config.to_dict(), "_name_or_path": "", "transformers_version": ""}
+        described["chat_template"] = tokenizer.chat_template
         content["model"] = checkpoints.digest(described, base.state_dict())
     transformers.set_seed(args.seed)
     text_config = base.config.get_text_config()
@@ -493,7 +494,7 @@ def _train(args: argparse.Namespace, out: Path) -> Path:
     if first_process:
         content["recipe"] = checkpoints.digest(asdict(earlier.config), routers.state_dict()) if earlier else None
         content["teacher"] = checkpoints.digest({}, teacher) if teacher else None
-        checkpoints.begin(work, report.options(args, build_parser()), content, training, args.resume)
+        checkpoints.begin(work, report.options(args, build_parser()), content, rows, args.resume)
     elif args.resume:  # or this process would go on from another checkpoint than the first
         checkpoints.drop_halves(work)
     tasks = sorted({e.task for e in training})
