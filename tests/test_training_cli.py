@@ -249,7 +249,7 @@ def test_a_full_disk_is_named(folder, data, tmp_path, capsys, size):
     assert f"{tmp_path}: cannot be written to, is the disk full?" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_routers_alone_then_lora_on_frozen_routers(folder, data, tmp_path):
+def test_routers_alone_then_lora_on_frozen_routers(folder, data, tmp_path, capsys):
     routers = ("--phase", "routers", "--prefill", "skip", "--target-skip", "0.5")
     assert main(arguments(folder, data, tmp_path / "routers", *routers)) == 0
     first = load_recipe(tmp_path / "routers")
@@ -261,6 +261,18 @@ def test_routers_alone_then_lora_on_frozen_routers(folder, data, tmp_path):
     assert second.adapter_dir is not None
     assert np.array_equal(first.weight, second.weight)
     assert first.config.threshold == second.config.threshold
+    for option, other, same in (
+        ("--target-skip", "0.25", "0.5"),
+        ("--prefill", "full", "skip"),
+        ("--protect", "0", "last,0"),
+        ("--window", "8", "512"),
+        ("--router-norm", "none", "rms"),
+    ):
+        capsys.readouterr()
+        assert main(arguments(folder, data, tmp_path / "no", *more, option, other)) == 2
+        assert f"{option} {other}: the routers of" in capsys.readouterr().err.splitlines()[-1]
+        more = (*more, option, same)
+    assert main(arguments(folder, data, tmp_path / "again", *more)) == 0
     # Told of what the routers were trained with, not of defaults.
     assert second.config.training["options"]["prefill"] == "skip"
     assert second.config.training["options"]["target_skip"] == 0.5
@@ -442,6 +454,10 @@ def test_missed_budget_is_told(folder, data, tmp_path, capsys):
         (["--recipe", "x"], "--phase lora"),
         (["--static", "loo", "--objective", "paper"], "--objective search"),
         (["--max-length", "18"], "usable examples"),
+        (["--note", "by \udcff"], "--note is not UTF-8"),
+        (["--base-name", "\udcff"], "--base-name is not UTF-8"),
+        (["--base-license", "\udcff"], "--base-license is not UTF-8"),
+        (["--out", "/tmp/\udcff"], "--out is not UTF-8"),
         (["-m", "/no/such/dir"], "no such directory"),
         (["--data", "/no/such/file.jsonl"], "no such file"),
         (["--data", "me/mine", "./me/mine"], "given twice"),

@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pyfirst.cli.common import parser, run
+from pyfirst.cli.common import check_text, parser, run
 from pyfirst.cpu import multiplies_bf16
 from pyfirst.errors import InputError
 from pyfirst.metadata import NORMS, PREFILL_MODES
@@ -45,6 +45,8 @@ except ImportError:  # not on Windows
 OWN = ("README.md", CONFIG_NAME, ROUTERS_NAME, ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME)
 # Examples a task on which the number of layers is chosen and the routers are fitted.
 FIT_EXAMPLES = 64
+# How routers decide: a recipe says with what its own were trained; for new ones these are the defaults.
+ROUTING = {"target_skip": 0.25, "protect": "0,last", "prefill": "full", "window": 512, "router_norm": "rms"}
 # Layers that carry a state from token to token, as a model's config names them.
 RECURRENT = {"conv", "linear_attention", "mamba", "recurrent"}
 
@@ -77,21 +79,19 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lora-r", type=int, default=8, help="rank (default: 8)")
     add("--lora-alpha", type=float, help="scale (default: twice the rank)")
     add("--lora-targets", default="all-linear", help="module names, comma-separated (default: all-linear)")
-    add("--target-skip", type=float, default=0.25, help="share of all layers to skip (default: 0.25)")
-    add("--protect", default="0,last", help="layers never skipped, or none (default: 0,last)")
+    add("--target-skip", type=float, help="share of all layers to skip (default: 0.25)")
+    add("--protect", help="layers never skipped, or none (default: 0,last)")
     add(
         "--prefill",
         choices=PREFILL_MODES,
-        default="full",
         help="does the prompt skip too? (default: full, no)",
     )
     add(
         "--window",
         type=int,
-        default=512,
         help="with --prefill skip: prompt tokens that decide (default: 512)",
     )
-    add("--router-norm", choices=NORMS, default="rms", help="normalisation before the router (default: rms)")
+    add("--router-norm", choices=NORMS, help="normalisation before the router (default: rms)")
     distill_help = "share of the loss that is divergence from the teacher with all layers (default: 0)"
     add("--distill", type=float, default=0.0, metavar="SHARE", help=distill_help)
     teacher_help = "with --distill: recipe of the same rank, trained with --target-skip 0 (default: the warm-up's LoRA)"
@@ -113,11 +113,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse impossible options before anything is loaded. Raises InputError."""
-    for option in ("batch_size", "grad_accum", "lora_r", "window", "hold_back", "prior_examples"):
-        if getattr(args, option) < 1:
-            raise InputError(f"--{option.replace('_', '-')} is {getattr(args, option)}, expected at least 1")
-    if args.steps is not None and args.steps < 1:
-        raise InputError(f"--steps is {args.steps}, expected at least 1")
+    named = {"--base-name": args.base_name or "", "--base-license": args.base_license}
+    for option, text in [("--out", os.path.realpath(args.out)), *named.items(), *(("--note", n) for n in args.note)]:
+        check_text(option, text)
+    for option in ("batch_size", "grad_accum", "lora_r", "window", "hold_back", "prior_examples", "steps"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise InputError(f"--{option.replace('_', '-')} is {value}, expected at least 1")
     if args.max_length < 16:
         raise InputError(f"--max-length is {args.max_length}, expected at least 16 tokens")
     for option in ("lr", "router_lr", "epochs", "lora_alpha"):
@@ -136,7 +138,7 @@ def check(args: argparse.Namespace) -> None:
         raise InputError("--teacher needs --distill SHARE, such as 0.5")
     if args.distill and args.phase == "routers":
         raise InputError("--distill needs a LoRA that learns, --phase both or lora")
-    if not 0 <= args.target_skip < 1:
+    if args.target_skip is not None and not 0 <= args.target_skip < 1:
         raise InputError(f"--target-skip is {args.target_skip}, expected a share from 0 to below 1, such as 0.25")
     if args.phase == "lora" and not args.recipe:
         raise InputError("--phase lora needs --recipe DIR, the recipe with the routers to keep")
@@ -227,14 +229,24 @@ def settle_options(
             f"{args.recipe}: routers for {earlier.config.block_count} layers of width "
             f"{earlier.config.embedding_length}, the model has {count} of width {width}"
         )
-    if earlier:  # what its routers were trained with, whatever the defaults are
+    given = {name: getattr(args, name) for name in ROUTING if getattr(args, name) is not None}
+    settled = {**ROUTING, **given}
+    if earlier:
         own = {name: getattr(earlier.config, name) for name in ("prefill", "window", "router_norm")}
-        own["protect"] = ",".join(map(str, earlier.config.protected)) or "none"
-        skip = own["target_skip"] = earlier.config.training.get("options", {}).get("target_skip", args.target_skip)
+        own["protect"] = ",".join(map(str, sorted(earlier.config.protected))) or "none"
+        told = {**settled, **earlier.config.training.get("options", {})}
+        skip = own["target_skip"] = told["target_skip"]
         if isinstance(skip, bool) or not (isinstance(skip, (int, float)) and 0 <= skip < 1):
             key = f"{Path(args.recipe) / CONFIG_NAME}: 'training.options.target_skip'"
             raise InputError(f"{key} is {skip!r}, expected a number from 0 to below 1")
-        args = argparse.Namespace(**{**vars(args), **own})
+        if "protect" in given:
+            given["protect"] = ",".join(map(str, protected_layers(given["protect"], count))) or "none"
+        for name, value in given.items():
+            if value != own[name]:
+                option = f"--{name.replace('_', '-')}"
+                raise InputError(f"{option} {value}: the routers of {args.recipe} have {own[name]}; leave {option} out")
+        settled = own
+    args = argparse.Namespace(**{**vars(args), **settled})
     config = (
         copy.deepcopy(earlier.config)
         if earlier
