@@ -25,8 +25,10 @@ from safetensors.torch import load_file, save_file
 from first_convert import check, child, convert, quantize
 from first_convert.convert import build_parser, main
 from first_convert.upstream import gguf
+from pyfirst import FirstLlama
 from pyfirst import metadata as key
 from pyfirst.errors import InputError
+from pyfirst.training.data import encode
 
 
 @pytest.fixture(autouse=True)
@@ -620,6 +622,29 @@ def test_more_tokens_than_embeddings_are_refused_with_both_numbers(tiny_model, t
     tokenizer.save_pretrained(model)
     text = refused(capsys, tmp_path / "out.gguf", model)
     assert str(model) in text and "400 tokens" in text and "384 rows" in text
+
+
+def test_prompts_of_a_recipe_end_without_eos(tiny_model, tmp_path):
+    """Where the tokenizer puts one behind every text, the runtime feeds what training saw."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    model = copy_of(tiny_model("llama")[0], tmp_path / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    special = [("<|im_start|>", 1), ("<|im_end|>", 2)]
+    added = TemplateProcessing(single="<|im_start|> $A <|im_end|>", special_tokens=special)
+    tokenizer.backend_tokenizer.post_processor = added
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(model)
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    edit_json(model / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    out = tmp_path / "out.gguf"
+    convert.convert(model, first=tiny.recipe(tmp_path / "recipe", model), outfile=out, outtype="f32")
+    llm = FirstLlama(str(out), n_ctx=64, verbose=False)
+    fed = llm.tokenize(b"the quick", True, True)
+    llm.close()
+    assert fed == encode(AutoTokenizer.from_pretrained(model), "the quick", "fox")[0]
+    assert fed[0] == 1 and fed[-1] != 2
 
 
 def test_a_model_folder_with_a_lora_inside_is_refused_until_one_is_named(tiny_model, tmp_path, capsys):

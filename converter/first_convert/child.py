@@ -177,6 +177,9 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
                 lib.Metadata.load = staticmethod(original)
             if checksums is not None:
                 found = pack.entries(recipe) if recipe else []
+                if recipe:  # its prompts end without EOS; the tokenizer's keys are still to come
+                    add_eos = self.gguf_writer.add_add_eos_token
+                    self.gguf_writer.add_add_eos_token = lambda _: add_eos(False)
                 found += pack.lora_entries(plan.config if plan else None)
                 base_model = (recipe.config.base_model if recipe else "") or job["base_model"]
                 found += provenance.entries(checksums.result(), job["recipe_name"], base_model, job["date"])
