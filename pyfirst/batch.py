@@ -24,7 +24,7 @@ from pyfirst import fit, metadata, native
 from pyfirst.completion import MIN_TEMPERATURE, Logprobs, TokenLogprob, completion_logprobs, stop_strings
 from pyfirst.cpu import usable_cpus
 from pyfirst.errors import InputError
-from pyfirst.llama import Routing, common_prefix, pick_threshold
+from pyfirst.llama import Routing, as_mask, common_prefix, pick_threshold
 from pyfirst.text import TextStream
 
 import llama_cpp  # isort: skip  (after native, which points it at our library)
@@ -340,10 +340,7 @@ class FirstBatch:
         if request.seed is not None and not 0 <= request.seed < 2**32 - 1:
             raise InputError(f"seed is {request.seed}, expected 0 to {2**32 - 2}")
         if request.mask is not None:
-            request.mask = np.asarray(request.mask)
-            if request.mask.shape != (self.n_layer,):
-                raise InputError(f"mask has shape {list(request.mask.shape)}, the model has {self.n_layer} layers")
-            request.mask = request.mask.astype(bool)
+            request.mask = as_mask(request.mask, self.n_layer)
         if request.threshold is not None and (self.threshold is None or not abs(request.threshold) <= _FLOAT_MAX):
             raise InputError(f"threshold {request.threshold}: nothing is routed here, or it is not finite")
 

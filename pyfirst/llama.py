@@ -103,6 +103,16 @@ def _warn(text: str) -> None:
     logger.warning("%s", text)
 
 
+def as_mask(mask: Any, n_layer: int) -> np.ndarray:
+    """True or False (1 or 0) for each layer as bool [n_layer]. Raises InputError."""
+    result = np.asarray(mask)
+    if result.shape != (n_layer,):
+        raise InputError(f"mask has shape {list(result.shape)}, the model has {n_layer} layers")
+    if not all(keep in (0, 1) for keep in result.tolist()):
+        raise InputError(f"mask is {reprlib.repr(mask)}, expected True or False for each layer")
+    return result.astype(bool)
+
+
 def pick_threshold(
     model: int, model_path: str, keys: dict[str, str], threshold: float | None, skip: float | None
 ) -> float:
@@ -354,12 +364,7 @@ class FirstLlama(llama_cpp.Llama):
                     raise InputError(f"skip_layers names layer {layer}, the model has layers 0 to {self.n_layer - 1}")
                 result[layer] = False
             return result
-        result = np.asarray(mask)
-        if result.shape != (self.n_layer,):
-            raise InputError(f"mask has shape {list(result.shape)}, the model has {self.n_layer} layers")
-        if not all(keep in (0, 1) for keep in result.tolist()):
-            raise InputError(f"mask is {reprlib.repr(mask)}, expected True or False for each layer")
-        return result.astype(bool)
+        return as_mask(mask, self.n_layer)
 
     @property
     def threshold(self) -> float | None:
@@ -694,7 +699,10 @@ class FirstLlama(llama_cpp.Llama):
             self._pending = None
 
     def _file_id(self) -> str:
-        self._file = self._file or fingerprint(self.model_path)
+        if not self._file:
+            self._file = fingerprint(self.model_path)
+            if self.lora_path:
+                self._file += f"+{self.lora_scale:g}*{fingerprint(self.lora_path)}"
         return self._file
 
     def save_state(self) -> Any:
@@ -726,7 +734,7 @@ class FirstLlama(llama_cpp.Llama):
         if first["version"] != STATE_VERSION:
             raise InputError(f"the state has version {first['version']}, expected {STATE_VERSION}")
         if first["file"] != self._file_id():
-            raise InputError(f"the state was saved with another model file than {self.model_path}")
+            raise InputError(f"the state was saved with another model file or LoRA than {self.model_path}")
         if state.n_tokens > self._n_cells:
             raise InputError(f"the state holds {state.n_tokens} tokens, the context {self._n_cells}")
         with self._lock:

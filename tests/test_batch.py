@@ -536,6 +536,7 @@ def test_bad_requests_are_value_errors_and_others_go_on(files, tmp_path):
             {"prompts": [good, tiny.prompt(64)]},
             {"prompts": [[999999]]},
             {"prompts": [good], "masks": [[1, 1]]},
+            {"prompts": [good], "masks": [[0.2, 0.9, 0.1, 0.8]]},
             {"prompts": [good], "masks": []},
             {"prompts": [good], "max_tokens": 0},
             {"prompts": [good], "temperature": [0.1, 0.2]},

@@ -1056,6 +1056,9 @@ def test_an_adapter_that_does_not_load_is_told_and_not_fatal(files, tmp_path):
         == tokens_of(theirs, prompt)
         != tokens_of(FirstLlama(path, routing=False, **F32), prompt)
     )
+    plain = FirstLlama(path, routing=False, **F32)
+    with pytest.raises(InputError, match="LoRA"):
+        plain.load_state(mine.save_state())
 
 
 def test_routers_that_do_not_fit_are_a_load_error(tiny_model, tmp_path):
