@@ -207,6 +207,8 @@ class FirstBatch:
         params = llama_cpp.llama_context_default_params()
         params.n_seq_max = n_parallel
         params.n_ctx = n_ctx * n_parallel
+        # One micro-batch: of a batch in several, with kv_unified and a sliding window, llama.cpp gives cells that an
+        # earlier one still reads to a later one.
         params.n_batch = params.n_ubatch = n_batch
         params.n_threads = params.n_threads_batch = self.n_threads
         params.kv_unified = kv_unified
