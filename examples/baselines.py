@@ -24,7 +24,7 @@ import numpy as np
 from first_convert.convert import convert
 from pyfirst.evaluation import evaluate
 from pyfirst.scores import Statistic, bleu, draw, estimate, mean, rouge
-from pyfirst.training.train import build_parser as train_parser
+from pyfirst.training.options import build_parser as train_parser
 from pyfirst.training.train import train
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -23,8 +23,9 @@ from pyfirst import FirstLlama
 from pyfirst.evaluation import read_examples
 from pyfirst.recipe import load_recipe
 from pyfirst.training.data import encode
+from pyfirst.training.options import build_parser
 from pyfirst.training.routers import FirstModel, Routers
-from pyfirst.training.train import build_parser, load_model, train
+from pyfirst.training.train import load_model, train
 
 F32 = 0  # GGML_TYPE_F32
 WORDS = "river stone winter glass market yellow garden simple bridge number letter window silver paper"

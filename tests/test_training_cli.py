@@ -29,8 +29,9 @@ from pyfirst.training import phases, report
 from pyfirst.training.data import Example as Encoded
 from pyfirst.training.data import MixedSampler, draw, encode, hold_back, load_examples, read_rows
 from pyfirst.training.objectives import steer
+from pyfirst.training.options import build_parser, protected_layers
 from pyfirst.training.routers import FirstModel, Routers
-from pyfirst.training.train import build_parser, main, protected_layers, train
+from pyfirst.training.train import main, train
 
 
 @pytest.fixture(scope="module")
