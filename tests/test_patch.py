@@ -860,6 +860,39 @@ def test_a_state_of_a_sequence_that_cannot_be_is_refused(kv_unified, tiny_model)
         assert native.lib.llama_first_get_mask(model.ctx, 0, keep, 4) == 4 and list(keep) == [1, 0, 1, 1]
 
 
+@pytest.mark.parametrize("kv_unified", [False, True])
+def test_the_state_of_an_empty_sequence_empties_one_with_a_mask(kv_unified, tiny_model):
+    """The cache itself keeps the cells, which then would go on without the mask that they were made under."""
+    import llama_cpp
+
+    with opened(tiny_model("llama")[1], n_seq=2, kv_unified=kv_unified) as model:
+        empty = saved(model, "seq_data", Path())
+        truth = model.feed(PROMPT)
+        model.set_mask([1, 0, 1, 1])
+        model.feed(NEXT[:1], 20)
+        assert restored(model, "seq_data", Path(), empty)
+        assert llama_cpp.llama_memory_seq_pos_max(model.memory, 0) == -1 and model.mask() is None
+        assert_same(model.feed(PROMPT), truth)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_half_read_prompt_decides_nothing_where_routing_is_off(begun, way, routed, tmp_path):
+    path = routed("llama", prefill="full")[2]
+    with opened(path) as model, opened(path) as other, opened(path) as dense:
+        native.set_routing(model.ctx, True)
+        if begun:
+            native.begin(model.ctx)
+        model.feed(PROMPT, outputs=[False] * 19 + [begun])
+        assert restored(other, way, tmp_path, saved(model, way, tmp_path))
+        dense.feed(PROMPT)
+        for i, token in enumerate(NEXT[:3]):
+            assert_same(other.feed([token], 20 + i), dense.feed([token], 20 + i))
+        assert other.mask() is None
+        with pytest.raises(InputError):
+            native.commit(other.ctx)
+
+
 def test_a_state_without_routers_that_is_cut_in_its_masks_is_refused(tiny_model):
     import llama_cpp
 
