@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 CONSTRAINTS := constraints.txt
+BINDINGS := llama-cpp-python==0.3.36
 SOURCES := $(shell git ls-files pyfirst converter patches native CMakeLists.txt pyproject.toml 2>/dev/null)
 
 .PHONY: demo test lint clean system arm test-arm test-arm-tools wheels
@@ -31,7 +32,7 @@ $(BIN)/python: | system
 # --no-cache-dir the wheel without a library from other environments.
 $(VENV)/.installed: $(BIN)/python $(SOURCES) $(CONSTRAINTS)
 	@$(BIN)/python -c 'import sys; sys.version_info >= (3, 11) or sys.exit("make: $(CONSTRAINTS) needs Python 3.11 or later: make clean, then name one with PYTHON=")'
-	CMAKE_ARGS=-DLLAMA_BUILD=OFF $(BIN)/pip install --no-cache-dir -c $(CONSTRAINTS) llama-cpp-python==0.3.36
+	CMAKE_ARGS=-DLLAMA_BUILD=OFF $(BIN)/pip install --no-cache-dir -c $(CONSTRAINTS) $(BINDINGS)
 	$(BIN)/pip install -c $(CONSTRAINTS) '.[convert,train,dev]'
 	touch $@
 
@@ -43,7 +44,7 @@ $(VENV)/.demo-model: $(VENV)/.installed
 NO_AMX := -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
 $(VENV)/.stock: $(BIN)/python
 	FLAGS=$$(echo | c++ $(NO_AMX) -E - >/dev/null 2>&1 && echo "$(NO_AMX)"); \
-	CFLAGS="$$FLAGS" CXXFLAGS="$$FLAGS" CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(BIN)/pip install -q --no-deps --no-cache-dir --target $(VENV)/stock llama-cpp-python==0.3.36
+	CFLAGS="$$FLAGS" CXXFLAGS="$$FLAGS" CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(BIN)/pip install -q --no-deps --no-cache-dir --target $(VENV)/stock $(BINDINGS)
 	touch $@
 
 # For boards: aarch64 libraries with a CPU backend for every ARMv8-A and one for those with dotprod and fp16, of which

@@ -96,7 +96,7 @@ def move(tree: Path, go_on: bool = False) -> list[str]:
     """Bring the series to branch ``moved``, or go on after an edit; return the places that stop it."""
     if go_on and not (tree / ".git" / "CHERRY_PICK_HEAD").exists():
         if git(tree, "status", "--porcelain").stdout:
-            sys.exit(f"error: {tree}: commit what you edited, with --fixup and rebase --autosquash, or undo it")
+            sys.exit(f"error: {tree}: commit what you edited, with --fixup and rebase -i --autosquash, or undo it")
         return []
     if go_on:
         open_places = [place for place in conflicts(tree) if "(" not in place]
@@ -130,6 +130,11 @@ def refresh(version: str, out: Path, write: bool = False, go_on: bool = False) -
         return len(places)
     commits = git(tree, "rev-list", "--reverse", "release..moved").stdout.split()
     fresh = [out / patch.name for patch in prepare.series()]
+    if len(commits) != len(fresh):
+        sys.exit(
+            f"error: {tree}: {len(commits)} commits for {len(fresh)} patches, expected one for each; "
+            "join an edit and its patch with git rebase -i --autosquash release"
+        )
     for commit, path in zip(commits, fresh, strict=True):
         options = ["--stdout", "--zero-commit", "--no-signature", "-1"]
         path.write_text(git(tree, "format-patch", *options, commit).stdout, encoding="utf-8")
@@ -141,7 +146,8 @@ def refresh(version: str, out: Path, write: bool = False, go_on: bool = False) -
         name = prepare.pinned()[0].partition("==")[0]
         comment = prepare.LOCK.read_text(encoding="utf-8").splitlines()[0]
         prepare.LOCK.write_text(f"{comment}\n{name}=={version} --hash=sha256:{checksum}\n", encoding="utf-8")
-        print("wrote patches/ and the lock file; set the version in pyproject.toml, native.py and the Makefile too")
+        others = "pyproject.toml, native.py, the Makefile, README.md and docs/raspberry-pi.md"
+        print(f"wrote patches/ and the lock file; a new version belongs into {others} too")
     return 0
 
 

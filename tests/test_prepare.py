@@ -201,7 +201,10 @@ def test_a_change_after_a_clean_move_is_taken_up_when_it_is_committed(refresh, r
     file.write_text(file.read_text().replace("3", "3!"))
     with pytest.raises(SystemExit, match="commit what you edited"):
         refresh.refresh("1.1", out, go_on=True)
-    refresh.git(out / "llama.cpp", "commit", "--all", "--amend", "--no-edit")
+    refresh.git(out / "llama.cpp", "commit", "--all", "--fixup", "HEAD")
+    with pytest.raises(SystemExit, match="3 commits for 2 patches"):
+        refresh.refresh("1.1", out, go_on=True)
+    refresh.git(out / "llama.cpp", "-c", "sequence.editor=true", "rebase", "-i", "--autosquash", "release")
     assert refresh.refresh("1.1", out, write=True, go_on=True) == 0
     made = refresh.prepare.prepare(out / "sdists")
     assert (made / "src" / "model.cpp").read_text() == "zero\none\ntwo\nnew\n3!\nfour\n"
