@@ -343,8 +343,12 @@ class FirstBatch:
             raise InputError(f"seed is {request.seed}, expected 0 to {2**32 - 2}")
         if request.mask is not None:
             request.mask = as_mask(request.mask, self.n_layer)
-        if request.threshold is not None and (self.threshold is None or not abs(request.threshold) <= _FLOAT_MAX):
-            raise InputError(f"threshold {request.threshold}: nothing is routed here, or it is not finite")
+        if request.threshold is not None and self.threshold is None:
+            raise InputError(
+                f"threshold is {request.threshold}, but nothing is routed: no routers in the file, or routing is off"
+            )
+        if request.threshold is not None and not abs(request.threshold) <= _FLOAT_MAX:
+            raise InputError(f"threshold is {request.threshold}, expected a number of at most {_FLOAT_MAX:g}")
 
     def submit(self, request: Request) -> int:
         """Queue a request and return its handle. Raises InputError if it cannot be served."""
@@ -760,18 +764,24 @@ def first_options(batch: FirstBatch, first: Any) -> dict[str, Any]:
     """
     if not isinstance(first, dict):
         raise InputError(f"first is a {type(first).__name__}, expected an object")
-    known = {"threshold": (int, float), "skip": (int, float), "dense": (bool,), "mask": (list,)}
+    known: dict[str, tuple[tuple[type, ...], str]] = {
+        "threshold": ((int, float), "a number below 1e9"),
+        "skip": ((int, float), "a share of layers from 0 to 1"),
+        "dense": ((bool,), "true or false"),
+        "mask": ((list,), "a list of true and false"),
+    }
     for name, value in first.items():
         if name not in known:
             raise InputError(f"first: unknown field {reprlib.repr(name)} (known: {', '.join(known)})")
-        wrong = not isinstance(value, known[name]) or (name != "dense" and isinstance(value, bool))
-        if value is not None and (wrong or (isinstance(value, (int, float)) and not abs(value) < 1e9)):
-            raise InputError(f"first.{name} is {reprlib.repr(value)}")
+        kinds, expected = known[name]
+        wrong = not isinstance(value, kinds) or (name != "dense" and isinstance(value, bool))
+        wrong = wrong or (isinstance(value, (int, float)) and not abs(value) < 1e9)
+        wrong = wrong or (isinstance(value, list) and not all(isinstance(keep, bool) for keep in value))
+        if value is not None and wrong:
+            raise InputError(f"first.{name} is {reprlib.repr(value)}, expected {expected}")
     given = {name: value for name, value in first.items() if value is not None and value is not False}
     if len(given) > 1:
         raise InputError(f"first: {' and '.join(given)} exclude each other")
-    if "mask" in given and not all(isinstance(keep, bool) for keep in given["mask"]):
-        raise InputError("first.mask holds something else than true and false")
     if "dense" in given:
         return {"mask": np.ones(batch.n_layer, bool)}
     if "mask" in given:

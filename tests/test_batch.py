@@ -557,6 +557,8 @@ def test_bad_requests_are_value_errors_and_others_go_on(files, tmp_path):
         assert texts(batch.generate([good], max_tokens=4, temperature=0.0)) == expected
     with pytest.raises(RuntimeError):
         batch.generate([good])
+    with FirstBatch(path, routing=False, **F32) as dense, pytest.raises(InputError, match="nothing is routed"):
+        dense.generate([good], threshold=0.5)
     for arguments in (
         {"n_parallel": 0},
         {"n_parallel": 10000},

@@ -107,6 +107,8 @@ def test_lines_that_cannot_be_answered_do_not_stop_the_others(model, tmp_path, c
         {"prompt": "x", "first": {"mask": [True]}},
         {"prompt": "x", "first": {"mask": [1, 1, 1, 1]}},
         {"prompt": "x", "first": {"skip": 7}},
+        {"prompt": "x", "first": {"threshold": "low"}},
+        {"prompt": "x", "first": {"dense": 1}},
         {"prompt": "x", "first": {"threshold": 1, "dense": True}},
         {"prompt": "x", "first": 3},
         {"prompt": 5},
@@ -118,7 +120,8 @@ def test_lines_that_cannot_be_answered_do_not_stop_the_others(model, tmp_path, c
     ]
     expected = ["tokens", "empty", "max_tokens is 0", "'tempreature'", "temperature is -1", "temperature is 'hot'"]
     expected += ["seed is -4", "at most 3.40282e+38", "presence_penalty is -1e+39"]
-    expected += ["[1]", "first.mask", "7", "exclude", "first is a int", "prompt is a int", "empty"]
+    expected += ["[1]", "expected a list of true and false", "7", "'low', expected a number", "1, expected true"]
+    expected += ["exclude", "first is a int", "prompt is a int", "empty"]
     expected += ["message 0", "one of", "one of", "found int"]
     rows = [row for entry in bad for row in (entry, "the quick")]
     file = write(tmp_path / "p.jsonl", rows)
@@ -127,12 +130,12 @@ def test_lines_that_cannot_be_answered_do_not_stop_the_others(model, tmp_path, c
     code = main(["-m", model, "-f", str(file), "--parallel", "4", "--json", "-n", "4", "--temp", "0"])
     out, err = capfd.readouterr()
     found = answers(out)
-    assert code == 2 and err.splitlines()[-1].startswith("first-run: error: 22 of 42 lines not answered; line 1: ")
+    assert code == 2 and err.splitlines()[-1].startswith("first-run: error: 24 of 46 lines not answered; line 1: ")
     good = run(model, "the quick", n_predict=4, temp=0)["text"]
-    assert all(row["text"] == good for row in found[1:40:2])
-    for row, words in zip(found[:40:2], expected, strict=True):
+    assert all(row["text"] == good for row in found[1:44:2])
+    for row, words in zip(found[:44:2], expected, strict=True):
         assert words in row["error"], row
-    assert all("JSON" in row["error"] for row in found[40:])
+    assert all("JSON" in row["error"] for row in found[44:])
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(model, tmp_path, capfd):
