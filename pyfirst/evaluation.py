@@ -319,7 +319,6 @@ def evaluate(
     skip: float | None = None,
     prefill: str | None = None,
     seed: int = 0,
-    resamples: int = RESAMPLES,
     bertscore_model: str | None = None,
     on_progress: Callable[[int, int, str], None] = lambda done, total, text: None,
     on_answer: Callable[[dict[str, Any]], None] = lambda row: None,
@@ -336,6 +335,7 @@ def evaluate(
             end-of-turn token.
         match: also exact matches, and right numbers behind '####'.
         ctx, threads, threshold, skip, prefill: as in first-run; threshold and skip mean the routed systems.
+        bertscore_model: folder or name of the model that "bertscore" compares texts with; default: for English.
         on_progress: called with answers done, answers in all, and the system at work.
         on_answer: called with each answer: {"system", "task", "prompt", "references", "text", ...}.
         **llama: more arguments of FirstLlama.
@@ -424,7 +424,7 @@ def evaluate(
     measured = {
         system.name: _statistics(answers[system.name], examples, metrics, scorers, generated) for system in systems
     }
-    weights = draw(tasks, seed, resamples)
+    weights = draw(tasks, seed)
 
     def comparable(system: System) -> dict[str, Statistic]:
         """The first system's statistics that this one's can be compared with."""
@@ -447,7 +447,7 @@ def evaluate(
             "metrics": metrics,
             "ctx": ctx,
             "seed": seed,
-            "resamples": resamples,
+            "resamples": RESAMPLES,
         },
         "tasks": dict(Counter(tasks)),
         "systems": [

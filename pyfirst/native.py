@@ -24,7 +24,6 @@ from pyfirst.errors import InputError
 
 API_VERSION = 1
 BINDINGS_VERSION = "0.3.36"
-PREFILL_FULL, PREFILL_SKIP = 0, 1
 _LOG_LEVEL_ERROR = 4
 
 _STATUS = {
@@ -169,7 +168,7 @@ def check_vocab(vocab: Any, model_path: str) -> None:
 
 
 def check_tokens(vocab: Any, tokens: Iterable[int], what: str) -> list[int]:
-    """The token ids; raises InputError for what is none, or not in the vocabulary: llama.cpp might end the process."""
+    """The token ids; raises InputError for what is no token id of the vocabulary: llama.cpp might end the process."""
     import llama_cpp
 
     n_vocab = llama_cpp.llama_vocab_n_tokens(vocab)
@@ -243,7 +242,7 @@ def set_threshold(ctx: int, threshold: float) -> None:
 
 
 def set_prefill(ctx: int, mode: int) -> int:
-    """Set PREFILL_FULL or PREFILL_SKIP; returns the mode in force, full where layers are offloaded."""
+    """Set a mode, an index into metadata.PREFILL_MODES; returns that in force, "full" where layers are offloaded."""
     return _check(lib.llama_first_set_prefill(ctx, mode), f"prefill mode {mode}")
 
 

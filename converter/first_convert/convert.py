@@ -111,7 +111,7 @@ def _child(module: str, job: dict[str, Any], folder: Path) -> dict[str, Any]:
         raise RuntimeError(f"{module} ended with {reason}{memory}")
     answer = json.loads(result.read_text(encoding="utf-8"))
     if "error" in answer:
-        raise (InputError if answer.get("expected", True) else RuntimeError)(answer["error"])
+        raise (InputError if answer["expected"] else RuntimeError)(answer["error"])
     return answer
 
 
@@ -187,8 +187,9 @@ def convert(
 
     Exactly one of ``model_dir``, ``base_gguf`` and ``strip`` is the source. The file appears under its name
     only when it is complete and llama.cpp has loaded it. Returns {"outfile", "bytes", "outtype", "layers",
-    "lora", "fallbacks", "fallback_bytes", "seconds", ...}. Raises InputError (a ValueError) for wrong input,
-    OSError for a full disk.
+    "lora", "fallbacks", "fallback_bytes", "seconds", ...}; with ``dry_run``, which writes nothing, {"output_at_most",
+    "disk_needed", "disk_free", ...} in bytes. Raises InputError (a ValueError) for wrong input, OSError for a full
+    disk.
     """
     started = time.monotonic()
     if sum(x is not None for x in (model_dir, base_gguf, strip)) != 1:

@@ -39,7 +39,7 @@ def _end_with_parent() -> None:
 
 
 def main() -> int:
-    """Run the job in a JSON file; its answer, or {"error": line}, goes to the file under "result"."""
+    """Run the job in a JSON file; its answer, or {"error": line, "expected": bool}, goes to the file under "result"."""
     # What imports leave stays to the end: walking it again and again is a quarter of a small model's time.
     gc.disable()
     _end_with_parent()

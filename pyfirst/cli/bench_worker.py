@@ -17,6 +17,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from pyfirst import metadata
+
 # What the prompts repeat: routers should see text.
 TEXT = (
     "The ferry to the island leaves at a quarter past nine, and in winter there is only one. Most of those who live "
@@ -71,7 +73,7 @@ class Runner:
             self._mask([])  # refused here where layers cannot be skipped
         if "scored" in self.contexts:
             # The routers read the prompt, but keep every layer: the difference is what scoring costs.
-            self.native.set_prefill(self.contexts["scored"], self.native.PREFILL_FULL)
+            self.native.set_prefill(self.contexts["scored"], metadata.PREFILL_MODES.index("full"))
             self.native.set_threshold(self.contexts["scored"], 0.0)
             self.native.set_routing(self.contexts["scored"], True)
             self.native.set_routing(self.contexts["routed"], True)

@@ -155,12 +155,12 @@ def hold_back(examples: Sequence[Example], per_task: int, seed: int) -> tuple[li
     return [e for e in examples if e.text not in held], kept_back
 
 
-def collate(examples: Sequence[Example], pad: int = 0) -> dict[str, torch.Tensor]:
+def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
     """Int64 [B, T], padded on the right: input_ids, attention_mask, prompt_mask and labels (-100: no loss)."""
     length = -(-max(map(len, examples)) // STRIDE) * STRIDE
     shape = (len(examples), length)
     batch = {
-        "input_ids": torch.full(shape, pad),
+        "input_ids": torch.zeros(shape, dtype=torch.long),
         "attention_mask": torch.zeros(shape, dtype=torch.long),
         "prompt_mask": torch.zeros(shape, dtype=torch.long),
         "labels": torch.full(shape, -100),
@@ -182,12 +182,9 @@ class MixedSampler(Sampler[int]):
     Args:
         examples: what to draw from.
         batch: examples a forward pass, accumulation: passes an optimizer step.
-        limit: examples an epoch at most.
     """
 
-    def __init__(
-        self, examples: Sequence[Example], batch: int, accumulation: int, seed: int, limit: int | None = None
-    ) -> None:
+    def __init__(self, examples: Sequence[Example], batch: int, accumulation: int, seed: int) -> None:
         self.lengths = [len(e) for e in examples]
         groups: dict[str, list[int]] = {}
         for index, example in enumerate(examples):
@@ -195,7 +192,7 @@ class MixedSampler(Sampler[int]):
         self.tasks = [groups[task] for task in sorted(groups)]
         self.batch, self.step, self.seed = batch, batch * accumulation, seed
         size = max(map(len, self.tasks)) * len(self.tasks)
-        self.size = max(1, min(size, limit or size) // self.step) * self.step
+        self.size = max(1, size // self.step) * self.step
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
