@@ -1,5 +1,5 @@
 #!/bin/sh
-# From a model folder and a task file to a GGUF that skips layers, and back out of it:
+# From a model folder and a task file to a GGUF that skips layers, then what it holds and what skipping costs:
 #
 #   sh examples/train_your_own.sh MODEL_DIR my-task.jsonl OUT_DIR [options of first-train]
 #

@@ -1,7 +1,4 @@
-"""Every GGUF key that FiRST writes or reads, and nothing else.
-
-The C++ side (llama-first.cpp) reads the same keys.
-"""
+"""Every GGUF key that FiRST writes or reads, and values that some may have; llama-first.cpp reads those in ROUTING."""
 
 VERSION = "first.version"
 BLOCK_COUNT = "first.block_count"

@@ -148,7 +148,9 @@ class _Job:
 
 
 class Engine:
-    """Runs a FirstBatch in a thread of its own; the only one that touches it.
+    """Runs a FirstBatch in a thread of its own, the only one that computes.
+
+    Requests are tokenized and checked outside of it.
 
     Args:
         batch: closed with the engine.

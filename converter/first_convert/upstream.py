@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
-# (what the pre-tokenizer does, in tokenizers' JSON) -> llama.cpp's name for it
 _GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _RAW = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
 _LLAMA3 = (
@@ -27,6 +26,7 @@ def _split(regex: str) -> dict[str, Any]:
     return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
 
 
+# llama.cpp's name for a pre-tokenizer -> what it does, in tokenizers' JSON
 PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
     "gpt-2": [_GPT2],
     "smollm": [{"type": "Digits", "individual_digits": True}, _GPT2],

@@ -279,9 +279,9 @@ def bench(
     layers is measured too, and seconds = fixed_s + layers * layer_s goes through it and the dense runs. So what
     skipping itself costs is not in the ideal. Where no such copy can be made, the line is fitted to the forced runs.
 
-    Returns {"machine", "model", "settings", "runs", "fit", "router_cost", "dense_against_stock", "graph", "load"};
-    one run is {"phase": "prefill" | "decode", "prompt", "library": "pyfirst" | "stock", "mode": "dense" | "pruned" |
-    "forced" | "scored" | "routed", "layers_skipped", "skipped", "tokens_per_s", "iqr", "speedup", "ideal",
+    Returns {"machine", "model", "settings", "runs", "fit", "peak_bytes", "router_cost", "dense_against_stock", "graph",
+    "load"}; one run is {"phase": "prefill" | "decode", "prompt", "library": "pyfirst" | "stock", "mode": "dense" |
+    "pruned" | "forced" | "scored" | "routed", "layers_skipped", "skipped", "tokens_per_s", "iqr", "speedup", "ideal",
     "efficiency", "samples"}. ``speedup`` is the ratio of medians to the dense runs, in a process of their own, and
     efficiency is speedup / ideal. A scored run reads the routers and skips nothing; a routed one does what the file
     says, and its layers_skipped is what they decided. Raises InputError (a ValueError).

@@ -23,7 +23,7 @@ EXTRAS = {"first-convert": "convert", "first-train": "train", "first-serve": "se
 
 
 def parser(prog: str, description: str, example: str) -> argparse.ArgumentParser:
-    """An ArgumentParser whose help ends with a worked example, with --verbose on board."""
+    """An ArgumentParser whose help ends with a worked example, with --verbose."""
     result = argparse.ArgumentParser(
         prog=prog,
         description=description,

@@ -13,6 +13,7 @@ from pyfirst.errors import InputError
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The command line of first-serve."""
     parser = common.parser(
         "first-serve",
         "Serve a model with the OpenAI API: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics.\n"
@@ -85,6 +86,7 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of first-serve."""
     return common.run(build_parser, serve, argv)
 
 

@@ -38,7 +38,7 @@ def begin(
     if resume and work.is_dir():
         before = read_json(path) if path.is_file() else now
         for name in now:
-            if before.get(name, now[name]) != now[name] and name != "base_license":
+            if before.get(name, now[name]) != now[name] and name != "base_license":  # only the card holds it
                 what = "" if name in content else f" (before: {before[name]}, now: {now[name]})"
                 raise InputError(
                     f"--resume with another --{name.replace('_', '-')} than the interrupted run{what}; "

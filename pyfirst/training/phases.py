@@ -31,8 +31,8 @@ from pyfirst.training.routers import FirstModel, per_example
 BAD_STEPS = 5
 # Steps after which memory that lies about in pieces goes back to the system.
 TRIM = 5
-# Bytes from which on memory goes back as soon as it is freed. A quarter of this halves the memory and takes half as
-# long again.
+# Blocks of at least this many bytes go back to the system as soon as they are freed. A quarter of it halves the memory,
+# but takes 1.5 times as long.
 OWN_MAP = 1 << 20
 # Masks remembered to tell whether routing has collapsed.
 MEMORY = 500
@@ -45,7 +45,7 @@ def _glibc(function: str, *arguments: int) -> None:
 
 
 def keep_heap_small() -> None:
-    """Let large blocks have maps of their own: batches of ever other lengths leave glibc's heap in pieces."""
+    """Give large blocks mappings of their own: batches whose lengths keep changing fragment glibc's heap."""
     m_mmap_threshold = -3  # as malloc.h has it
     _glibc("mallopt", m_mmap_threshold, OWN_MAP)
 
@@ -144,11 +144,11 @@ class PhaseTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         first = self.first
-        wiser = None
+        teacher_logits = None
         if self.teacher is not None and not self.phase.dense and not self.phase.soft:
             first.eval()  # a teacher without dropout
             with first.with_lora(self.teacher):
-                wiser = first(**inputs, dense=True)["token_logits"]
+                teacher_logits = first(**inputs, dense=True)["token_logits"]
             first.train()
         output = model(**inputs, dense=self.phase.dense)
         loss = output["loss"]
@@ -161,10 +161,11 @@ class PhaseTrainer(Trainer):
             self.masks.extend(map(tuple, output["keep"].tolist()))
             if self.phase.soft:
                 loss = paper_loss(loss, output["scores"][:, free], self.options.penalty)
-            elif wiser is not None:
+            elif teacher_logits is not None:
                 share = self.options.distill
-                far = {**output, "token_loss": distillation(output["token_logits"], wiser)}
-                loss = (1 - share) * loss + share * per_example(far, len(keep)).mean()
+                divergence = distillation(output["token_logits"], teacher_logits)
+                by_example = per_example({**output, "token_loss": divergence}, len(keep))
+                loss = (1 - share) * loss + share * by_example.mean()
             if self.phase.routers and not self.phase.soft:
                 loss = hard_gate_loss(loss, output["scores"][:, free], self.target, weight=10.0)
         self.losses.append(float(output["loss"].detach()))
