@@ -64,12 +64,11 @@ def check(lib_dir: Path, cpuinfo: Path = Path("/proc/cpuinfo")) -> None:
         )
 
 
-def cgroups(controller: str, root: Path | None = None, own: Path | None = None) -> set[Path]:
+def cgroups(controller: str, root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> set[Path]:
     """Folders of the cgroups around this process, version 2 and version 1, that may hold limits of a controller."""
-    root = root or CGROUPS
     folders = {root, root / controller}
     try:
-        groups = [line.split(":", 2)[1:] for line in (own or OWN_CGROUPS).read_text().splitlines()]
+        groups = [line.split(":", 2)[1:] for line in own.read_text().splitlines()]
     except OSError:
         groups = []
     for controllers, path in (group for group in groups if len(group) == 2):
@@ -80,7 +79,7 @@ def cgroups(controller: str, root: Path | None = None, own: Path | None = None) 
     return folders
 
 
-def _quotas(root: Path | None, own: Path | None) -> Iterator[float]:
+def _quotas(root: Path, own: Path) -> Iterator[float]:
     """CPUs that each cgroup around this process may use, where one is limited."""
     for folder in cgroups("cpu", root, own):
         with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
@@ -105,14 +104,14 @@ def _cores(cpus: Iterable[int], sysfs: Path) -> int:
     return len(found)
 
 
-def usable_cpus(root: Path | None = None, own: Path | None = None, sysfs: Path | None = None) -> int:
+def usable_cpus(root: Path = CGROUPS, own: Path = OWN_CGROUPS, sysfs: Path = SYSFS) -> int:
     """Physical cores that this process may use: affinity and, on Linux, the quotas of its cgroups.
 
     Two threads on one core share what decoding waits for, so hyper-threads do not count.
     """
     count = os.cpu_count() or 1
     cpus: Iterable[int] = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(count)
-    return max(1, int(min([_cores(cpus, sysfs or SYSFS), *_quotas(root, own)])))
+    return max(1, int(min([_cores(cpus, sysfs), *_quotas(root, own)])))
 
 
 def machine(threads: int) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""The one exception type that means: the user gave us something wrong."""
+"""The one exception type that means: the user gave us something wrong; and checks of files that raise it."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 
@@ -12,6 +13,12 @@ class InputError(ValueError):
     The message names what was found, what was expected and what to do; the
     command line shows it as one line and exits with code 2.
     """
+
+
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Raise InputError for what is not a file."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: {'not a file' if Path(path).exists() else 'no such file'}")
 
 
 def check_whole(header: Any, path: str | os.PathLike[str]) -> None:

@@ -115,7 +115,7 @@ def _statistic(path: Path, *names: str) -> int:
     return sum(int(line[1]) for line in lines if len(line) == 2 and line[0] in names)
 
 
-def _cgroup_rooms(root: Path | None, own: Path | None) -> Iterator[Room]:
+def _cgroup_rooms(root: Path, own: Path) -> Iterator[Room]:
     # Pages of files are dropped before a group runs into its limit.
     for folder in cpu.cgroups("memory", root, own):
         for limit, usage, files in (
@@ -129,9 +129,8 @@ def _cgroup_rooms(root: Path | None, own: Path | None) -> Iterator[Room]:
                     yield Room(max(0, most - max(0, used)), f"memory limit of the cgroup, {_mb(most)}")
 
 
-def rooms(proc: Path | None = None, root: Path | None = None, own: Path | None = None) -> list[Room]:
+def rooms(proc: Path = PROC, root: Path = cpu.CGROUPS, own: Path = cpu.OWN_CGROUPS) -> list[Room]:
     """What limits this process: MemAvailable, its cgroups, ulimit -v; empty where the system does not tell."""
-    proc = proc or PROC
     found = list(_cgroup_rooms(root, own))
     with contextlib.suppress(OSError, TypeError):
         match = re.search(r"^MemAvailable:\s+(\d+) kB", (proc / "meminfo").read_text(), re.MULTILINE)

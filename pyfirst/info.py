@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pyfirst import metadata as key
-from pyfirst.errors import InputError
+from pyfirst.errors import InputError, check_file
 from pyfirst.recipe import FirstConfig
 
 _STRING, _ARRAY = 8, 9
@@ -44,7 +44,7 @@ def _functions() -> Any:
     """The gguf_* functions of the library, with their types."""
     from pyfirst import native
 
-    lib, ptr, i64 = native.lib, ctypes.c_void_p, ctypes.c_int64
+    ptr, i64 = ctypes.c_void_p, ctypes.c_int64
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "gguf_init_from_file": (ptr, [ctypes.c_char_p, _InitParams]),
         "gguf_free": (None, [ptr]),
@@ -64,10 +64,7 @@ def _functions() -> Any:
         "gguf_get_tensor_size": (ctypes.c_size_t, [ptr, i64]),
         "ggml_type_name": (ctypes.c_char_p, [ctypes.c_int]),
     }
-    for name, (restype, argtypes) in signatures.items():
-        function = getattr(lib, name)
-        function.restype, function.argtypes = restype, argtypes
-    return lib
+    return native.bind(native.lib, signatures)
 
 
 class Header:
@@ -156,8 +153,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[Header]:
     """The header of a GGUF file. Raises InputError with the reason for anything else, ImportError without a library."""
     from pyfirst import native
 
-    if not Path(path).is_file():
-        raise InputError(f"{path}: {'not a file' if Path(path).exists() else 'no such file'}")
+    check_file(path)
     lib = _functions()
     logger = logging.getLogger("llama-cpp-python")
     if logger.level == logging.NOTSET:  # llama-cpp-python then prints all that llama.cpp logs

@@ -13,14 +13,14 @@ import logging
 import os
 import reprlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pyfirst import cpu
-from pyfirst.errors import InputError
+from pyfirst.errors import InputError, check_file
 
 API_VERSION = 1
 BINDINGS_VERSION = "0.3.36"
@@ -61,6 +61,14 @@ def upstream_dir() -> Path:
     return _package_dir("upstream", "convert_hf_to_gguf.py", "PYFIRST_UPSTREAM")
 
 
+def bind(library: Any, signatures: Mapping[str, tuple[Any, list[Any]]]) -> Any:
+    """Tell ctypes the types, (result, arguments), of functions of a library; return the library."""
+    for name, (restype, argtypes) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = restype, argtypes
+    return library
+
+
 def _load() -> ctypes.CDLL:
     """Import llama_cpp with our library and return the library. Raises ImportError."""
     if "llama_cpp" not in sys.modules:
@@ -86,9 +94,7 @@ def _load() -> ctypes.CDLL:
                 f"{lib._name}: the symbol {symbol} is missing, so this is not the patched library; import pyfirst "
                 "before llama_cpp, and unset LLAMA_CPP_LIB_PATH if it points elsewhere"
             )
-    for symbol, (restype, argtypes) in _SIGNATURES.items():
-        function = getattr(lib, symbol)
-        function.restype, function.argtypes = restype, argtypes
+    bind(lib, _SIGNATURES)
     version = lib.llama_first_api_version()
     if version != API_VERSION:
         raise ImportError(f"{lib._name}: llama-first API version {version}, expected {API_VERSION}; rebuild pyfirst")
@@ -138,9 +144,7 @@ def captured_errors() -> Iterator[list[str]]:
 @contextlib.contextmanager
 def explained(model_path: str) -> Iterator[list[str]]:
     """Turn a failure to load ``model_path`` into an InputError that gives llama.cpp's reason; yields what it logs."""
-    path = Path(model_path)
-    if not path.is_file():
-        raise InputError(f"{model_path}: {'not a file' if path.exists() else 'no such file'}")
+    check_file(model_path)
     with captured_errors() as reasons:
         try:
             yield reasons

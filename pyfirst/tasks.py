@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyfirst.errors import InputError
+from pyfirst.errors import InputError, check_file
 
 logger = logging.getLogger("pyfirst")
 
@@ -56,8 +56,7 @@ def read_examples(
     Without ``need_references`` a prompt alone will do. Raises InputError naming file and line.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    check_file(path)
     examples: list[Example] = []
     for number, raw in enumerate(path.read_bytes().split(b"\n"), 1):
         if not raw.strip():

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from first_convert.progress import bar
 from first_convert.upstream import gguf
-from pyfirst.errors import InputError
+from pyfirst.errors import InputError, check_file
 
 # struct codes of the scalar types, by GGUF's type number; 8 is a string, 9 an array
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -70,8 +70,7 @@ class Gguf:
     def __init__(self, path: str | Path):
         """Walk the header. Raises InputError for a file that is cut short, big-endian or no GGUF."""
         self.path = Path(path)
-        if not self.path.is_file():
-            raise InputError(f"{path}: no such file")
+        check_file(path)
         self.size = self.path.stat().st_size
         if self.size < 24:
             raise InputError(f"{path}: cut short or not a GGUF file ({self.size} bytes)")
@@ -175,10 +174,6 @@ class Gguf:
             text, at = self._string(at)
             result.append(text)
         return result
-
-    def values(self, prefix: str = "") -> dict[str, Any]:
-        """All pairs whose name begins with ``prefix``."""
-        return {name: self.get(name) for name in self.keys if name.startswith(prefix)}
 
 
 def _pack(kind: int, value: Any, item: int | None = None) -> bytes:

@@ -79,16 +79,13 @@ def _functions() -> Any:
     """The ggml_* functions of the library, with their types."""
     from pyfirst import native
 
-    lib, ptr, i64 = native.lib, ctypes.c_void_p, ctypes.c_int64
+    ptr, i64 = ctypes.c_void_p, ctypes.c_int64
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "ggml_type_name": (ctypes.c_char_p, [ctypes.c_int]),
         "ggml_row_size": (ctypes.c_size_t, [ctypes.c_int, i64]),
         "ggml_quantize_chunk": (ctypes.c_size_t, [ctypes.c_int, ptr, ptr, i64, i64, i64, ptr]),
     }
-    for name, (restype, argtypes) in signatures.items():
-        function = getattr(lib, name)
-        function.restype, function.argtypes = restype, argtypes
-    return lib
+    return native.bind(native.lib, signatures)
 
 
 def _type_number(lib: Any, kind: str) -> int:
