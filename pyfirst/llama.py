@@ -29,7 +29,7 @@ import numpy as np
 from pyfirst import completion, fit, metadata, native
 from pyfirst.chat import ChatTemplate
 from pyfirst.cpu import usable_cpus
-from pyfirst.errors import InputError
+from pyfirst.errors import InputError, check_file
 
 import jinja2  # isort: skip  a dependency of llama-cpp-python
 import llama_cpp  # isort: skip  (after native, which points it at our library)
@@ -241,7 +241,6 @@ class FirstLlama(llama_cpp.Llama):
             self.scores = np.zeros((1, self.n_vocab()), np.single)
         self._threshold: float | None = None
         self._routed = False
-        self._file = ""  # fingerprint, made when first needed
         if self.metadata.get("tokenizer.chat_template"):
             handler = chat_formatter_to_chat_completion_handler(self.chat_template)  # type: ignore[arg-type]
             self._chat_handlers[_TEMPLATE] = handler
@@ -262,8 +261,8 @@ class FirstLlama(llama_cpp.Llama):
 
     def _open_model(self, model_path: str, kwargs: dict[str, Any]) -> None:
         lora = kwargs["lora_path"] = os.fspath(kwargs.get("lora_path") or "") or None
-        if lora and not os.path.isfile(lora):
-            raise InputError(f"{lora}: no such file")
+        if lora:
+            check_file(lora)
         reasons: list[str] = []
         try:
             with native.explained(model_path) as reasons:
@@ -413,7 +412,7 @@ class FirstLlama(llama_cpp.Llama):
         same = live.deciding == tuple(tokens[: self.window]) and live.threshold == self.threshold
         return (prefix, True) if same else (0, False)
 
-    def _open(self, tokens: list[int]) -> list[int]:
+    def _begin_prompt(self, tokens: list[int]) -> list[int]:
         """Make the sequence ready for a prompt; return the tokens that are still to be computed."""
         forced = self._active_mask()
         keep, pinned = self._reusable(tokens, forced)
@@ -441,7 +440,7 @@ class FirstLlama(llama_cpp.Llama):
                 native.set_mask(self.ctx, None)
         return tokens[keep:]
 
-    def _close(self, opened: _Live) -> None:
+    def _end_prompt(self, opened: _Live) -> None:
         """The prompt has been read: pin the mask and report it."""
         mask, scores, threshold = np.ones(self.n_layer, bool), None, None
         if opened.kind == "forced":
@@ -480,11 +479,11 @@ class FirstLlama(llama_cpp.Llama):
         self._check_open()
         with self._lock:
             if len(tokens) and self.n_tokens == 0 and self._pending is None:
-                tokens = self._open(list(tokens))
+                tokens = self._begin_prompt(list(tokens))
             try:
                 super().eval(tokens)
                 if self._pending is not None:
-                    self._close(self._pending)
+                    self._end_prompt(self._pending)
                     self._pending = None
             except BaseException:
                 if self._pending is not None:
@@ -509,7 +508,7 @@ class FirstLlama(llama_cpp.Llama):
             self._turn += 1
             turn = self._turn
             if reset:
-                tokens = self._open(tokens)
+                tokens = self._begin_prompt(tokens)
             kwargs["reset"] = False
             parent = super().generate(tokens, *args, **kwargs)
             n_read = self.n_tokens + len(tokens)  # before the next token; n_tokens also counts drafts
@@ -698,12 +697,11 @@ class FirstLlama(llama_cpp.Llama):
             super().reset()
             self._pending = None
 
-    def _file_id(self) -> str:
-        if not self._file:
-            self._file = fingerprint(self.model_path)
-            if self.lora_path:
-                self._file += f"+{self.lora_scale:g}*{fingerprint(self.lora_path)}"
-        return self._file
+    @functools.cached_property
+    def _file(self) -> str:
+        """Fingerprint of the model and its LoRA."""
+        found = fingerprint(self.model_path)
+        return f"{found}+{self.lora_scale:g}*{fingerprint(self.lora_path)}" if self.lora_path else found
 
     def save_state(self) -> Any:
         """The parent's state; keys, values and mask are inside. It may be pickled, and loaded in another process."""
@@ -714,7 +712,7 @@ class FirstLlama(llama_cpp.Llama):
             # rides along when pickled
             state.first = {  # type: ignore[attr-defined]
                 "version": STATE_VERSION,
-                "file": self._file_id(),
+                "file": self._file,
                 "logits_all": self._logits_all,
                 "live": self._live,
                 "routing": self.routing,
@@ -733,7 +731,7 @@ class FirstLlama(llama_cpp.Llama):
             raise InputError("the state was saved without layer masks, by a plain llama_cpp.Llama")
         if first["version"] != STATE_VERSION:
             raise InputError(f"the state has version {first['version']}, expected {STATE_VERSION}")
-        if first["file"] != self._file_id():
+        if first["file"] != self._file:
             raise InputError(f"the state was saved with another model file or LoRA than {self.model_path}")
         if state.n_tokens > self._n_cells:
             raise InputError(f"the state holds {state.n_tokens} tokens, the context {self._n_cells}")
