@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import pwd
@@ -22,12 +23,48 @@ from first_convert.ggufio import Entry, Gguf, rewrite
 from first_convert.pack import open_gguf
 from pyfirst import FirstLlama, native, predict
 from pyfirst.cli import bench_files
-from pyfirst.cli.bench import _worker, bench, main, parse_lengths, parse_skipped, predicted, spread
+from pyfirst.cli.bench import Worker, _Kind, bench, compare, main, parse_lengths, parse_skipped, predicted, spread
 from pyfirst.cli.bench_worker import TEXT
 from pyfirst.errors import InputError
 from pyfirst.fit import Room
 
 QUICK = ("--prompt-length", "24", "-n", "4", "--repeats", "2")
+
+
+def test_the_arithmetic_over_made_up_answers():
+    """Four layers; a token takes a second and one more for each layer, but forced skipping wastes a second of it."""
+    per_token = {
+        _Kind("dense", "stock", "stock", "plain"): 4.5,
+        _Kind("dense", "pyfirst", "dense", "plain"): 5,
+        _Kind("pruned", "pyfirst", "pruned", "plain", 2): 3,
+        _Kind("forced", "pyfirst", "regions", "masked", 0): 5,
+        _Kind("forced", "pyfirst", "regions", "masked", 2): 4,
+        _Kind("scored", "pyfirst", "regions", "scored"): 5.5,
+        _Kind("routed", "pyfirst", "regions", "routed"): 4,
+    }
+    turns = (0.9, 1, 1.4)  # the median counts
+    answers = {
+        (8, kind): [{"prefill": 8 * s * x, "decode": 2 * s * x, "kept": 3} for x in turns]
+        for kind, s in per_token.items()
+    }
+    found = compare(answers, n_layer=4, n_predict=2, full_prompt=True)
+    assert [(fit["phase"], fit["from"]) for fit in found["fit"]] == [("prefill", "pruned"), ("decode", "pruned")]
+    assert all([fit["fixed_s"], fit["layer_s"]] == pytest.approx([1, 1]) for fit in found["fit"])
+    assert found["dense_against_stock"] == {"prefill": {"8": 0.9}, "decode": {"8": 0.9}}
+    assert found["router_cost"] == {"8": pytest.approx(0.1)}
+    rows = {
+        (run["phase"], run["mode"], run["layers_skipped"]): run for run in found["runs"] if run["library"] != "stock"
+    }
+    half = rows["decode", "forced", 2]
+    assert half["tokens_per_s"] == pytest.approx(1 / 4) and half["skipped"] == 0.5
+    assert [half["speedup"], half["ideal"], half["efficiency"]] == pytest.approx([5 / 4, 5 / 3, 3 / 4])
+    assert rows["decode", "routed", 1]["ideal"] == pytest.approx(5 / 4)
+    assert rows["prefill", "routed", 1]["ideal"] == pytest.approx(1)  # its prompt goes through all layers
+    few = {key: samples for key, samples in answers.items() if key[1].mode in ("dense", "forced")}
+    found = compare(few, n_layer=4, n_predict=2, full_prompt=True)
+    fit = found["fit"][1]
+    assert fit["from"] == "forced" and [fit["fixed_s"], fit["layer_s"]] == pytest.approx([3, 0.5])
+    assert found["router_cost"] is None
 
 
 @pytest.fixture(autouse=True)
@@ -298,7 +335,7 @@ def test_what_memory_cannot_hold_is_refused_with_the_numbers(tiny_model, monkeyp
     ],
 )
 def test_a_measuring_process_that_is_killed_says_so(number, message):
-    with pytest.raises(InputError, match=message), _worker(native.lib_dir(), True) as worker:
+    with pytest.raises(InputError, match=message), contextlib.closing(Worker(native.lib_dir(), True)) as worker:
         worker._process.send_signal(number)
         worker.ask("memory")
 

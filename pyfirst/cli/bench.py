@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,15 +188,6 @@ class Worker:
             self._process.wait()
 
 
-@contextlib.contextmanager
-def _worker(lib: str | os.PathLike[str], plain: bool) -> Iterator[Worker]:
-    worker = Worker(lib, plain)
-    try:
-        yield worker
-    finally:
-        worker.close()
-
-
 def _quartiles(values: Sequence[float]) -> tuple[float, float]:
     """(median, interquartile range)."""
     import numpy as np
@@ -260,6 +251,64 @@ def _fit(points: Sequence[tuple[int, float]]) -> dict[str, float]:
     return {"fixed_s": float(fixed), "layer_s": float(layer)}
 
 
+def compare(
+    answers: Mapping[tuple[int, _Kind], Sequence[dict[str, Any]]], n_layer: int, n_predict: int, full_prompt: bool
+) -> dict[str, Any]:
+    """The "runs", "fit", "router_cost" and "dense_against_stock" of bench().
+
+    Args:
+        answers: (prompt length, kind) -> of each turn {"prefill", "decode"} in seconds and, where it is routed, "kept".
+            There are dense runs, pruned or forced ones, and with scored ones also forced ones that skip nothing.
+        n_predict: tokens decoded in each turn.
+        full_prompt: whether the prompt of a routed run goes through all layers.
+    """
+    runs: list[dict[str, Any]] = []
+    fits: list[dict[str, Any]] = []
+    lengths = list(dict.fromkeys(length for length, _ in answers))
+    kinds = list(dict.fromkeys(kind for _, kind in answers))
+    against_stock: dict[str, dict[str, float]] | None = {} if any(k.library == "stock" for k in kinds) else None
+    router_cost: dict[str, float] | None = {} if any(k.mode == "scored" for k in kinds) else None
+    for phase in ("prefill", "decode"):
+        for length in lengths:
+            n_tokens = length if phase == "prefill" else n_predict
+            seconds = {kind: _quartiles([a[phase] for a in answers[length, kind]])[0] for kind in kinds}
+            dense = next(kind for kind in kinds if (kind.mode, kind.library) == ("dense", "pyfirst"))
+            pruned = [kind for kind in kinds if kind.mode == "pruned"]
+            source = [dense, *(pruned or (kind for kind in kinds if kind.mode == "forced" and kind.skip))]
+            fit = _fit([(n_layer - kind.skip, seconds[kind] / n_tokens) for kind in source])
+            fits.append({"phase": phase, "prompt": length, "from": "pruned" if pruned else "forced", **fit})
+            for kind in kinds:
+                skip: float = kind.skip
+                if kind.mode == "routed":
+                    skip = n_layer - _quartiles([answer["kept"] for answer in answers[length, kind]])[0]
+                running = n_layer if kind.mode == "routed" and phase == "prefill" and full_prompt else n_layer - skip
+                ideal = (fit["fixed_s"] + n_layer * fit["layer_s"]) / (fit["fixed_s"] + running * fit["layer_s"])
+                rates = [n_tokens / answer[phase] for answer in answers[length, kind]]
+                speedup = seconds[dense] / seconds[kind]
+                runs.append(
+                    {
+                        "phase": phase,
+                        "prompt": length,
+                        "library": kind.library,
+                        "mode": kind.mode,
+                        "layers_skipped": skip,
+                        "skipped": skip / n_layer,
+                        "tokens_per_s": n_tokens / seconds[kind],
+                        "iqr": _quartiles(rates)[1],
+                        "speedup": speedup,
+                        "ideal": ideal,
+                        "efficiency": speedup / ideal,
+                        "samples": rates,
+                    }
+                )
+            by_mode = {(kind.mode, kind.library, kind.skip): seconds[kind] for kind in kinds}
+            if against_stock is not None:
+                against_stock.setdefault(phase, {})[str(length)] = by_mode["dense", "stock", 0] / seconds[dense]
+            if router_cost is not None and phase == "prefill":
+                router_cost[str(length)] = by_mode["scored", "pyfirst", 0] / by_mode["forced", "pyfirst", 0] - 1
+    return {"runs": runs, "fit": fits, "router_cost": router_cost, "dense_against_stock": against_stock}
+
+
 def bench(
     model: str,
     *,
@@ -279,7 +328,7 @@ def bench(
     layers is measured too, and seconds = fixed_s + layers * layer_s goes through it and the dense runs. So what
     skipping itself costs is not in the ideal. Where no such copy can be made, the line is fitted to the forced runs.
 
-    Returns {"machine", "model", "settings", "runs", "fit", "peak_bytes", "router_cost", "dense_against_stock", "graph",
+    Returns {"machine", "model", "settings", "runs", "fit", "router_cost", "dense_against_stock", "peak_bytes", "graph",
     "load"}; one run is {"phase": "prefill" | "decode", "prompt", "library": "pyfirst" | "stock", "mode": "dense" |
     "pruned" | "forced" | "scored" | "routed", "layers_skipped", "skipped", "tokens_per_s", "iqr", "speedup", "ideal",
     "efficiency", "samples"}. ``speedup`` is the ratio of medians to the dense runs, in a process of their own, and
@@ -314,7 +363,7 @@ def bench(
         workers: dict[str, Worker] = {}
 
         def start(name: str, lib: str | os.PathLike[str], path: str, plain: bool = True) -> dict[str, Any]:
-            worker = stack.enter_context(_worker(lib, plain))
+            worker = stack.enter_context(contextlib.closing(Worker(lib, plain)))
             answer = worker.ask("open", model=path, threads=threads, n_ctx=n_ctx, n_ubatch=n_ubatch)
             workers[name] = worker
             return answer
@@ -363,58 +412,12 @@ def bench(
         load = _load_time(workers["regions"], model, repeats) if load_time else None
         measured_on = machine(threads)
 
-    runs: list[dict[str, Any]] = []
-    fits: list[dict[str, Any]] = []
-    against_stock: dict[str, dict[str, float]] | None = None if stock_lib is None else {}
-    router_cost: dict[str, float] | None = {} if routers else None
-    full_prompt = first.get("prefill") == "full"
-    for phase in ("prefill", "decode"):
-        for length in lengths:
-            n_tokens = length if phase == "prefill" else n_predict
-            seconds = {kind: _quartiles([a[phase] for a in answers[length, kind]])[0] for kind in kinds}
-            dense = next(kind for kind in kinds if (kind.mode, kind.library) == ("dense", "pyfirst"))
-            pruned = [kind for kind in kinds if kind.mode == "pruned"]
-            source = [dense, *(pruned or (kind for kind in kinds if kind.mode == "forced" and kind.skip))]
-            fit = _fit([(n_layer - kind.skip, seconds[kind] / n_tokens) for kind in source])
-            fits.append({"phase": phase, "prompt": length, "from": "pruned" if pruned else "forced", **fit})
-            for kind in kinds:
-                skip: float = kind.skip
-                if kind.mode == "routed":
-                    skip = n_layer - _quartiles([answer["kept"] for answer in answers[length, kind]])[0]
-                running = n_layer if kind.mode == "routed" and phase == "prefill" and full_prompt else n_layer - skip
-                ideal = (fit["fixed_s"] + n_layer * fit["layer_s"]) / (fit["fixed_s"] + running * fit["layer_s"])
-                rates = [n_tokens / answer[phase] for answer in answers[length, kind]]
-                speedup = seconds[dense] / seconds[kind]
-                runs.append(
-                    {
-                        "phase": phase,
-                        "prompt": length,
-                        "library": kind.library,
-                        "mode": kind.mode,
-                        "layers_skipped": skip,
-                        "skipped": skip / n_layer,
-                        "tokens_per_s": n_tokens / seconds[kind],
-                        "iqr": _quartiles(rates)[1],
-                        "speedup": speedup,
-                        "ideal": ideal,
-                        "efficiency": speedup / ideal,
-                        "samples": rates,
-                    }
-                )
-            by_mode = {(kind.mode, kind.library, kind.skip): seconds[kind] for kind in kinds}
-            if against_stock is not None:
-                against_stock.setdefault(phase, {})[str(length)] = by_mode["dense", "stock", 0] / seconds[dense]
-            if router_cost is not None and phase == "prefill":
-                router_cost[str(length)] = by_mode["scored", "pyfirst", 0] / by_mode["forced", "pyfirst", 0] - 1
     return {
         "machine": measured_on,
         "model": {name: found[name] for name in ("path", "architecture", "layers", "width", "tensor_type")},
         "settings": {"prompt_lengths": lengths, "n_predict": n_predict, "repeats": repeats, "clock": clock},
-        "runs": runs,
-        "fit": fits,
+        **compare(answers, n_layer, n_predict, first.get("prefill") == "full"),
         "peak_bytes": peak,
-        "router_cost": router_cost,
-        "dense_against_stock": against_stock,
         "graph": graph,
         "load": load,
     }
