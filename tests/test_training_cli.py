@@ -109,6 +109,28 @@ def test_stored_recipe_decides_as_measured(folder, trained, data):
         assert abs(results[name] - stored[name]) < 2e-4
 
 
+def test_a_prompt_does_not_help_to_guess_its_own_task(monkeypatch):
+    """As first-eval counts it: by the nearest mean mask of the other prompts."""
+
+    def losses(model, examples, *args, **kwargs):
+        keep = torch.tensor([[layer == "#" for layer in e.text] for e in examples])
+        return torch.ones(len(examples)), keep, torch.ones(keep.shape)
+
+    def measured(*masks):
+        none = array("i")
+        held = [Encoded(none, none, task, mask) for task, mask in masks]
+        return report.measure(types.SimpleNamespace(base=None), held, 1)
+
+    monkeypatch.setattr(report, "losses", losses)
+    # The other mask of a task is as far as can be, the mean of the other task in the middle.
+    assert measured(("a", "##.."), ("a", "..##"), ("b", "#.#."), ("b", ".#.#"))["task_from_mask"] == 0
+    # "...." is as near to b as to the rest of a, which shares the credit.
+    found = measured(*2 * [("a", "##.."), ("b", "#.#."), ("c", "####")], ("a", "...."))
+    assert found["task_from_mask"] == round(6.5 / 7, 4) and found["layers_that_differ"] == 0.5
+    assert found["modal_masks"] == {"a": "##..", "b": "#.#.", "c": "####"}
+    assert "task_from_mask" not in measured(("a", "##.."), ("b", "#.#."))
+
+
 def test_same_seed_same_recipe(folder, data, trained, tmp_path):
     assert main(arguments(folder, data, tmp_path / "again")) == 0
     for name in ("first_routers.safetensors", "adapter_model.safetensors", "adapter_config.json"):

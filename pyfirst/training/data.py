@@ -174,6 +174,14 @@ def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
     return batch
 
 
+def batches(examples: Sequence[Example], size: int, device: Any) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """Indices and tensors of batches of similar length."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
+        yield chosen, {k: v.to(device) for k, v in collate([examples[i] for i in chosen]).items()}
+
+
 class MixedSampler(Sampler[int]):
     """Every task equally often in each optimizer step; within a step, batches of similar length.
 

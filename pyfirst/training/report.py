@@ -9,13 +9,15 @@ import os
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from pyfirst.recipe import FirstConfig
-from pyfirst.training.data import Example, collate
+from pyfirst.scores import compare_tasks
+from pyfirst.training.data import Example, batches
 from pyfirst.training.routers import FirstModel, per_example
 
 # Options that say where things lie, not how the recipe was made.
@@ -42,14 +44,6 @@ def say(text: str) -> None:
     """One line on stderr, from the first process only."""
     if int(os.environ.get("RANK", "0")) == 0:
         print(text, file=sys.stderr, flush=True)
-
-
-def batches(examples: Sequence[Example], size: int, device: Any) -> Iterator[tuple[list[int], dict[str, Any]]]:
-    """Indices and tensors of batches of similar length."""
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
-        yield chosen, {k: v.to(device) for k, v in collate([examples[i] for i in chosen]).items()}
 
 
 @torch.no_grad()
@@ -150,16 +144,13 @@ def measure(model: FirstModel, held: Sequence[Example], batch_size: int) -> dict
     result = entry(torch.ones(len(held), dtype=torch.bool))
     if len(tasks) > 1:
         result["tasks"] = {t: entry(rows[t]) for t in tasks}
-        centres = torch.stack([keep[rows[t]].float().mean(0) for t in tasks])
-        guess = torch.cdist(keep.float(), centres).argmin(1)
-        right = [tasks[int(g)] == e.task for g, e in zip(guess, held, strict=True)]
-        result["task_from_mask"] = round(sum(right) / len(right), 4)
-        modal = torch.tensor([Counter(map(tuple, keep[rows[t]].tolist())).most_common(1)[0][0] for t in tasks])
-        pairs = [(i, j) for i in range(len(tasks)) for j in range(i)]
-        result["layers_that_differ"] = round(
-            sum(float((modal[i] != modal[j]).float().mean()) for i, j in pairs) / len(pairs), 4
-        )
-        result["modal_masks"] = {t: "".join("#" if k else "." for k in modal[i].tolist()) for i, t in enumerate(tasks)}
+        told = compare_tasks(keep.numpy(), [e.task for e in held], np.ones((1, len(held))))
+        assert told is not None
+        if told["guess"]:
+            result["task_from_mask"] = round(told["guess"]["mean"]["value"], 4)
+        result["layers_that_differ"] = round(sum(told["differ"].values()) / len(told["differ"]), 4)
+        layers = range(keep.shape[1])
+        result["modal_masks"] = {t: "".join(".#"[layer not in told["modal"][t]] for layer in layers) for t in tasks}
     return result
 
 
@@ -171,10 +162,9 @@ def leave_one_out_table(sample: Sequence[Example], deltas: torch.Tensor) -> None
         say(f"  {task}: " + " ".join("  -- " if m == float("inf") else f"{m:5.2f}" for m in mean))
 
 
-def options(args: argparse.Namespace, known: argparse.ArgumentParser) -> dict[str, Any]:
+def options(args: argparse.Namespace) -> dict[str, Any]:
     """The options that made the recipe, without paths."""
-    names = [action.dest for action in known._actions if action.dest not in (*PRIVATE, "help")]
-    return {name: getattr(args, name) for name in names}
+    return {name: value for name, value in vars(args).items() if name not in PRIVATE}
 
 
 def summary(results: dict[str, Any]) -> str:
@@ -215,11 +205,13 @@ def card(config: FirstConfig, args: argparse.Namespace) -> str:
     for name, row in [("all", results), *results.get("tasks", {}).items()]:
         cells = " | ".join(f"{row[c]:.3f}" for c in columns)
         lines.append(f"| {name} | {row['examples']} | {cells} | {row['skipped']:.1%} | {row['masks']} |")
-    if "task_from_mask" in results:
+    if "modal_masks" in results:
+        lines.append("")
+        if "task_from_mask" in results:
+            found = f"{results['task_from_mask']:.0%}"
+            lines.append(f"The nearest mean mask of the other prompts names the task of {found} of the prompts.")
         lines += [
-            "",
-            f"The nearest mean mask names the task of {results['task_from_mask']:.0%} of the prompts;",
-            f"the usual masks of two tasks differ in {results['layers_that_differ']:.0%} of the layers.",
+            f"The usual masks of two tasks differ in {results['layers_that_differ']:.0%} of the layers.",
             "Layers kept (`#`) and skipped (`.`):",
             "",
             *(f"    {mask}  {task}" for task, mask in results["modal_masks"].items()),

@@ -25,9 +25,8 @@ import torch
 
 from pyfirst.errors import InputError
 from pyfirst.layers import evenly
-from pyfirst.training.data import Example, collate
+from pyfirst.training.data import Example, batches, collate
 from pyfirst.training.objectives import leave_one_out, ridge
-from pyfirst.training.report import batches
 from pyfirst.training.routers import FirstModel, per_example
 
 # Largest and smallest size of a router's logit on the prompts it is fitted to.

@@ -305,7 +305,7 @@ def _train(args: argparse.Namespace, out: Path) -> Path:
     if first_process:
         content["recipe"] = checkpoints.digest(asdict(earlier.config), routers.state_dict()) if earlier else None
         content["teacher"] = checkpoints.digest({}, teacher) if teacher else None
-        checkpoints.begin(work, report.options(args, build_parser()), content, rows, args.resume)
+        checkpoints.begin(work, report.options(args), content, rows, args.resume)
     elif args.resume:  # or this process would go on from another checkpoint than the first
         checkpoints.drop_halves(work)
     tasks = sorted({e.task for e in training})
@@ -395,7 +395,7 @@ def _train(args: argparse.Namespace, out: Path) -> Path:
     if abs(results["skipped"] - args.target_skip) > 0.05:
         faults.append(f"skips {results['skipped']:.0%} of the layers, the target was {args.target_skip:.0%}")
     config.training = {
-        "options": report.options(args, build_parser()),
+        "options": report.options(args),
         "steps": steps,
         "drawn": sum(entry["steps"] for entry in history) * per_step,
         "data": {task: sum(e.task == task for e in training) for task in sorted({e.task for e in training})},
