@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+from tqdm import tqdm
 
 from pyfirst.batch import FirstBatch, Request, first_options
 from pyfirst.chat import ChatTemplate
@@ -98,25 +99,6 @@ def _encodable(answer: dict[str, Any], encoding: str) -> str:
     return text
 
 
-class _Progress:
-    """One line on stderr, where that is a terminal."""
-
-    def __init__(self, total: int, done: int):
-        self.total, self.done, self.tokens = total, done, 0
-        self.start, self.shown = time.monotonic(), 0.0
-        self.live = sys.stderr.isatty()
-
-    def show(self, last: bool = False) -> None:
-        now = time.monotonic()
-        if not self.live or (now - self.shown < 0.2 and not last):
-            return
-        self.shown = now
-        bar = "#" * (20 * self.done // max(self.total, 1))
-        speed = self.tokens / max(now - self.start, 1e-9)
-        end = "\n" if last else ""
-        print(f"\r[{bar:<20}] {self.done}/{self.total} {speed:.1f} tokens/s ", end=end, file=sys.stderr, flush=True)
-
-
 def run_many(
     model: str,
     lines: Iterable[bytes],
@@ -177,7 +159,6 @@ def run_many(
         source = (fingerprint(model) + json.dumps(decisive)).encode()
         digests = [hashlib.sha256(source + row).hexdigest()[:16] for row in rows]
         resumed = done = _resume(out, digests, name) if out is not None else 0
-        progress = _Progress(len(rows), done)
         forced = None
         if skip_layers is not None:
             forced = np.ones(batch.n_layer, bool)
@@ -213,8 +194,9 @@ def run_many(
 
         working: dict[int, tuple[int, Request, list[str]]] = {}  # handle -> (line, request, pieces)
         ready: dict[int, dict[str, Any]] = {}
-        following = done
-        try:
+        following, n_tokens, began = done, 0, time.monotonic()
+        # Only for terminals, on which tokens come in before a prompt is done: miniters.
+        with tqdm(total=len(rows), initial=done, disable=None, file=sys.stderr, unit="prompt", miniters=0) as bar:
             while done < len(rows):
                 while following < len(rows) and following - done < AHEAD * parallel and batch.n_waiting < parallel:
                     base = {"line": following + 1, "input": digests[following], "model": name}
@@ -231,7 +213,7 @@ def run_many(
                 for update in batch.step() if working else ():
                     i, made, pieces = working[update.request]
                     pieces.append(update.text)
-                    progress.tokens += 1
+                    n_tokens += 1
                     if update.finish_reason:
                         routing = batch.take_routing(update.request)
                         assert routing is not None
@@ -253,16 +235,14 @@ def run_many(
                     file.write(_encodable(ready.pop(done), file.encoding) + "\n")
                     file.flush()
                     done += 1
-                    progress.done = done
-                progress.show()
-        finally:
-            progress.show(last=True)
+                bar.set_postfix_str(f"{n_tokens / max(time.monotonic() - began, 1e-9):.1f} tokens/s", refresh=False)
+                bar.update(done - bar.n)
     return {
         "lines": len(rows),
         "resumed": resumed,
         "errors": errors,
-        "tokens": progress.tokens,
-        "seconds": time.monotonic() - progress.start,
+        "tokens": n_tokens,
+        "seconds": time.monotonic() - began,
         "kept": float(np.mean(kept)) if kept else None,
         "first_error": first_error,
     }
