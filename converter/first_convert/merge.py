@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ class Merge:
 
     Attributes:
         config: adapter_config.json as it is.
-        pairs: A/B pairs in the adapter; every one of them is used, or there is no Merge.
+        pairs, pairs_used: A/B pairs in the adapter's file, and in the layers that they are merged into.
         saved: whole tensors that the adapter brings, by their name in the checkpoint.
         modules: name of a changed tensor in the checkpoint -> (shape, function from a reader of base tensors
             to the merged float32 tensor). Has tensors that the checkpoint lacks when a tied head is untied.
@@ -97,6 +97,7 @@ class Merge:
 
     config: dict[str, Any]
     pairs: int
+    pairs_used: int = 0
     saved: list[str] = field(default_factory=list)
     modules: dict[str, tuple[tuple[int, ...], Callable[[Read], torch.Tensor]]] = field(default_factory=dict)
     untied: bool = False
@@ -209,6 +210,11 @@ def _canonical(key: str) -> str:
     return re.sub(r"^(model\.)+", "model.", key)
 
 
+def _pairs(keys: Iterable[str]) -> int:
+    """A/B pairs among the keys of an adapter."""
+    return sum(bool(re.search(r"lora_(embedding_)?A(\.|$)", key)) for key in keys)
+
+
 def _match(
     found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], base: dict[str, str], path: Path
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -238,18 +244,17 @@ def _match(
         else:
             unmatched.append(key)
 
-    def pairs(keys: Any) -> int:
-        return sum(bool(re.search(r"lora_(embedding_)?A(\.|$)", key)) for key in keys)
-
     missing = [key for key in expected if key not in adapter]
-    total = max(pairs(found), 1)
+    total = max(_pairs(found), 1)
     if unmatched:
         shown = ", ".join(unmatched[:4]) + (f" and {len(unmatched) - 4} more" if len(unmatched) > 4 else "")
-        raise InputError(f"{path}: {pairs(adapter)} of {pairs(found)} adapter pairs fit this model; unmatched: {shown}")
+        raise InputError(
+            f"{path}: {_pairs(adapter)} of {_pairs(found)} adapter pairs fit this model; unmatched: {shown}"
+        )
     if missing:
         shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
         raise InputError(
-            f"{path}: {pairs(adapter)} of {total} adapter pairs found, but the model also needs: {shown}; "
+            f"{path}: {_pairs(adapter)} of {total} adapter pairs found, but the model also needs: {shown}; "
             "the adapter was trained on another model or is not complete"
         )
     for key, tensor in adapter.items():
@@ -354,8 +359,7 @@ def plan(checkpoint: Checkpoint, directory: str | Path) -> Merge:
     if result.unexpected_keys:
         raise InputError(f"{path}: PEFT did not use {', '.join(result.unexpected_keys[:4])}")
 
-    pairs = sum("lora_A" in key or "lora_embedding_A" in key for key in adapter)
-    merge = Merge(raw, pairs, vocabulary=vocabulary)
+    merge = Merge(raw, _pairs(found), vocabulary=vocabulary)
 
     prefix = getattr(model, "base_model_prefix", "") + "."
     by_canonical = {_canonical(key): key for key in checkpoint.tensors}
@@ -428,6 +432,7 @@ def plan(checkpoint: Checkpoint, directory: str | Path) -> Merge:
             return merged
 
         put(f"{name}.weight", tuple(shapes[f"{name}.weight"]), compute)
+        merge.pairs_used += _pairs(key for key, _ in module.named_parameters())
         if has_bias and raw.get("lora_bias"):
             shape = tuple(shapes[f"{name}.bias"])
             put(f"{name}.bias", shape, functools.partial(compute, part="bias"))
@@ -453,7 +458,7 @@ def summary(merge: Merge | None) -> dict[str, Any] | None:
         return None
     return {
         "pairs": merge.pairs,
-        "pairs_used": merge.pairs,
+        "pairs_used": merge.pairs_used,
         "modules": len(merge.modules),
         "saved": list(dict.fromkeys(merge.saved)),
         "untied": merge.untied,
