@@ -38,3 +38,9 @@ def files(tiny_model, tmp_path_factory) -> dict[str, tuple[Path, Path, Path]]:
         convert(None, base_gguf=base, first=recipe, outfile=root / f"{prefill}.gguf")
         made[prefill] = (folder, recipe, root / f"{prefill}.gguf")
     return made
+
+
+@pytest.fixture(scope="session")
+def model(files) -> Path:
+    """A GGUF whose routers decide by the prompt, calibrated, with a chat template."""
+    return files["full"][2]

@@ -9,23 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 
 from pyfirst import FirstLlama, native
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 QUESTIONS = ["the quick brown fox", "Съешь же ещё"]
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model, tmp_path_factory) -> Path:
-    """A GGUF whose routers decide by the prompt."""
-    from first_convert.convert import convert
-
-    folder, base = tiny_model("llama")
-    root = tmp_path_factory.mktemp("integrations")
-    convert(None, base_gguf=base, first=tiny.recipe(root / "r", folder, seed=3), outfile=root / "m.gguf")
-    return root / "m.gguf"
 
 
 def run(*command: object, **env: str) -> tuple[str, str]:
