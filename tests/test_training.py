@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from pyfirst.errors import InputError
 from pyfirst.recipe import FirstConfig, load_recipe, save_recipe
 from pyfirst.training.data import Example, collate
 from pyfirst.training.objectives import leave_one_out, start_from
-from pyfirst.training.routers import FirstModel, Routers, find_layers, per_example
+from pyfirst.training.routers import FirstModel, RoutedCache, Routers, find_layers, per_example
 
 MASKS = {"first": [0], "first two": [0, 1], "last": [3], "first and third": [0, 2], "all but one": [0, 1, 3]}
-ARCHITECTURES = ["llama", "qwen3", "gemma3", "gpt2", "gptneox", "olmo2", "mixtral"]
+ARCHITECTURES = ["llama", "qwen3", "gemma3", "gpt2", "gptneox", "olmo2", "llama4", "mixtral"]
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,19 @@ def test_cached_generation_is_the_forward_without_the_layers(tmp_path, arch, pre
         truth = tiny.gold(model.inner, keep.int().tolist(), ids[0].tolist(), sequence[0, 9:-1].tolist(), prefill)
         model.wrap()
         assert abs(logits[0].numpy() - truth[8:]).max() < 1e-4, off
+
+
+def test_in_mid_forward_the_cache_answers_as_transformers_own(folder):
+    """To a layer that asks for itself, when the one before it has written the new tokens."""
+    answers = []
+    for kind in (RoutedCache, DynamicCache):
+        cache = kind(config=AutoConfig.from_pretrained(folder))
+        new = torch.zeros(1, 2, 3, 16)
+        for layer in range(4):
+            cache.update(new, new, layer)
+        cache.update(new, new, 0)
+        answers.append([(cache.get_seq_length(i), cache.get_mask_sizes(3, i)) for i in range(1, 4)])
+    assert answers[0] == answers[1] == [(3, (6, 0))] * 3
 
 
 def test_a_skipped_layer_is_not_run(folder):

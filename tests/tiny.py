@@ -68,6 +68,14 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
 }
 
+# The same for what is trained only. Llama 4's layers without rotary embedding ask the cache for their position.
+TORCH_ONLY: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama4": (
+        "llama4_text",
+        {"num_local_experts": 2, "head_dim": 16, "intermediate_size_mlp": 128, "floor_scale": 4, "attn_scale": 2.0},
+    ),
+}
+
 
 @functools.cache
 def tokenizer(size: int = VOCAB - 7, special: tuple[str, ...] = ()) -> Any:
@@ -136,7 +144,7 @@ def randomise(model: nn.Module, seed: int) -> None:
 
 
 def make(arch: str, directory: str | Path, seed: int = 0, **config: Any) -> Path:
-    """Write a random float32 model of ``arch`` (a key of ARCHITECTURES) with tokenizer; return its directory.
+    """Write a random float32 model of ``arch`` (a key of the above) with tokenizer; return its directory.
 
     ``config`` overrides the transformers configuration. Vocabulary VOCAB, width WIDTH, 4 layers (gemma3: 7).
     """
@@ -144,7 +152,7 @@ def make(arch: str, directory: str | Path, seed: int = 0, **config: Any) -> Path
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    model_type, own = ARCHITECTURES[arch]
+    model_type, own = {**TORCH_ONLY, **ARCHITECTURES}[arch]
     torch.manual_seed(seed)
     configuration = AutoConfig.for_model(model_type, **{**_COMMON, **own, **config})
     model = AutoModelForCausalLM.from_config(configuration, dtype=torch.float32).eval()

@@ -102,7 +102,8 @@ class RoutedCache(DynamicCache):
     """A DynamicCache whose length does not come from layer 0, which may have been skipped.
 
     The length is that of the longest layer of the same kind (full or sliding attention): a layer that a
-    sequence keeps has seen every token, one that it skips is never read again.
+    sequence keeps has seen every token, one that it skips is never read again. The layers before the one that is
+    asked for do not count: when it asks itself, in mid-forward, they hold the new tokens already.
     """
 
     def _length(self, layer_idx: int) -> int:
@@ -110,11 +111,11 @@ class RoutedCache(DynamicCache):
         return get() if get else 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return max(map(self._length, range(len(self.layers))), default=0)
+        return max(map(self._length, range(layer_idx, len(self.layers))), default=0)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         kinds = [type(layer) for layer in self.layers]
-        same = [i for i, kind in enumerate(kinds) if layer_idx >= len(kinds) or kind is kinds[layer_idx]]
+        same = [i for i in range(layer_idx, len(kinds)) if kinds[i] is kinds[layer_idx]]
         return super().get_mask_sizes(query_length, max(same, key=self._length, default=layer_idx))
 
 
