@@ -311,18 +311,30 @@ def test_lora_never_lands_on_a_router(folder):
         model.load_state_dict(missing)
 
 
-def test_several_residual_streams_are_refused():
-    """gemma3n's layers pass on four versions of the hidden state."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+_TWO = {"layer_types": ["sliding_attention", "full_attention"] * 2, "head_dim": 8, "num_key_value_heads": 1}
 
-    config = AutoConfig.for_model(
-        "gemma3n_text", vocab_size=99, vocab_size_per_layer_input=99, hidden_size=16, intermediate_size=32,
-        num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, num_kv_shared_layers=0, hidden_size_per_layer_input=4, laurel_rank=2,
-        activation_sparsity_pattern=[0.0, 0.0],
-    )  # fmt: skip
-    with pytest.raises(InputError, match="more than one stream"):
-        FirstModel(AutoModelForCausalLM.from_config(config).eval(), Routers(2, 16))
+
+@pytest.mark.parametrize(
+    ("kind", "own", "words"),
+    [
+        ("gemma3n_text", {**_TWO, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 4, "laurel_rank": 2,
+                          "vocab_size_per_layer_input": 99, "activation_sparsity_pattern": None}, "read one stream"),
+        ("gemma4_text", {**_TWO, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 4, "global_head_dim": 8,
+                         "vocab_size_per_layer_input": 99}, "reuse what others found"),
+        ("glm_moe_dsa", {"num_key_value_heads": 2, "q_lora_rank": 8, "indexer_types": ["full", "shared"] * 2,
+                         "n_routed_experts": 2, "num_experts_per_tok": 1}, "reuse what others found"),
+        ("dory", {**_TWO}, "4 layers 8 times"),
+        ("cpmant", {"num_attention_heads": 2, "dim_head": 8, "dim_ff": 32}, r"\[1, 33, 16\]"),
+        ("openai-gpt", {"n_embd": 16, "n_layer": 4, "n_head": 2}, "no cache"),
+        ("falcon_h1", {"head_dim": 8}, "has hybrid layers"),
+    ],
+)  # fmt: skip
+def test_layers_that_cannot_be_left_out_are_refused(kind, own, words):
+    """gemma3n's pass on four versions of the hidden state, dory's middle ones run twice, cpmant's read a prompt."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = AutoConfig.for_model(kind, vocab_size=99, pad_token_id=0, **{**sizes, **own})
+    with pytest.raises(InputError, match=words):
+        FirstModel(AutoModelForCausalLM.from_config(config).eval(), Routers(4, 16))
 
 
 def test_layers_are_found_beside_as_many_experts(tmp_path):

@@ -572,16 +572,18 @@ def test_only_the_language_model_of_a_multimodal_parent_learns(targets, data, tm
     convert(folder, first=out, outfile=tmp_path / "out.gguf", outtype="f32")
 
 
-def test_layers_with_a_state_are_refused_before_training(folder, data, tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["lfm2", "rwkv"])
+def test_layers_with_a_state_are_refused_before_training(folder, data, tmp_path, capsys, kind):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    kinds = ["conv", "full_attention", "conv", "full_attention"]
+    own = {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"] * 2} if kind == "lfm2" else {}
     sizes = {"vocab_size": tiny.VOCAB, "hidden_size": tiny.WIDTH, "num_hidden_layers": 4, "num_attention_heads": 4}
-    config = AutoConfig.for_model("lfm2", **sizes, num_key_value_heads=2, layer_types=kinds)
+    config = AutoConfig.for_model(kind, **sizes, **own)
     odd = shutil.copytree(folder, tmp_path / "model")
     AutoModelForCausalLM.from_config(config).save_pretrained(odd)
     assert main(arguments(odd, data, tmp_path / "out")) == 2
-    assert "has conv layers" in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "out").exists()
+    named = {"lfm2": "has conv layers", "rwkv": "has recurrent layers"}
+    assert named[kind] in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("named", [True, False])

@@ -35,6 +35,8 @@ from pyfirst.recipe import Recipe
 
 RMS_EPS = 1e-6
 NO_LAYER = "every layer was skipped; lower the threshold or protect a layer"
+# Layers that carry a state from token to token, as a model's config names them.
+RECURRENT = {"conv", "hybrid", "hybrid_sliding", "linear_attention", "mamba", "recurrent"}
 
 
 class Routers(nn.Module):
@@ -98,6 +100,20 @@ def find_layers(model: Any) -> nn.ModuleList:
     return outermost[0][2]
 
 
+def check_layers(model: Any) -> None:
+    """Raise InputError for a transformers model whose layers need one another, so that none can be left out."""
+    who, text = type(model).__name__, model.config.get_text_config()
+    kinds = {kind for key in ("layer_types", "layers_block_type") for kind in getattr(text, key, None) or ()}
+    if kinds & RECURRENT or model._is_stateful:
+        kind = min(kinds & RECURRENT, default="recurrent")
+        raise InputError(f"{who}: has {kind} layers, whose state needs every token; none can be skipped")
+    modes = [mode for key in ("kv_sharing_modes", "indexer_types") for mode in getattr(text, key, None) or ()]
+    if {"reuse", "shared"} & set(modes):
+        raise InputError(f"{who}: has layers that reuse what others found (keys, values, indices); none can be skipped")
+    if not {"cache", "past_key_values"} & set(inspect.signature(model.forward).parameters):
+        raise InputError(f"{who}: takes no cache of keys and values, without which layers cannot be skipped")
+
+
 class RoutedCache(DynamicCache):
     """A DynamicCache whose length does not come from layer 0, which may have been skipped.
 
@@ -154,7 +170,7 @@ class FirstModel(nn.Module):
         window: in "skip", at most this many first prompt tokens decide.
         protected: layers that are always kept.
 
-    Raises InputError when the routers do not fit the model.
+    Raises InputError when the routers do not fit the model, or its layers cannot be left out.
     """
 
     threshold: torch.Tensor
@@ -179,6 +195,7 @@ class FirstModel(nn.Module):
         self.window = window
         self.gate = "hard"
         inner = self.inner
+        check_layers(inner)
         layers = find_layers(inner)
         width = inner.config.get_text_config().hidden_size
         if routers.weight.shape != (len(layers), width):
@@ -263,15 +280,23 @@ class FirstModel(nn.Module):
     @torch.no_grad()
     def _probe(self) -> None:
         """Learn from one token what each layer returns, a tensor or a tuple, as a skipped one must too."""
-        device = next(self.inner.parameters()).device
-        ones = torch.ones(1, 1, dtype=torch.bool, device=device)
-        with self._precision(), self.features(ones) as means:
-            self.inner(input_ids=ones.long() - 1, use_cache=False)
-        wrong = [list(mean.shape) for mean in means if mean.shape != (1, self.routers.weight.shape[1])]
-        if wrong:
-            raise InputError(
-                f"{type(self.inner).__name__}: its layers pass on more than one stream, which routers cannot read"
-            )
+        shapes: list[list[int]] = []
+
+        def record(_: Any, args: Any, kwargs: Any) -> None:
+            shapes.append(list((args[0] if args else kwargs["hidden_states"]).shape))
+
+        hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in self.layers]
+        token = torch.zeros(1, 1, dtype=torch.long, device=next(self.inner.parameters()).device)
+        with self._precision():
+            self.inner(input_ids=token, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        who, wanted = type(self.inner).__name__, [1, 1, self.routers.weight.shape[1]]
+        for shape in shapes:
+            if shape != wanted:
+                raise InputError(f"{who}: its layers read {shape} for a token; routers can read one stream, {wanted}")
+        if len(shapes) != self.block_count:
+            raise InputError(f"{who}: runs its {self.block_count} layers {len(shapes)} times, expected once each")
 
     def _routed_forward(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:

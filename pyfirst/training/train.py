@@ -39,8 +39,6 @@ except ImportError:  # not on Windows
 
 # Examples a task on which the number of layers is chosen and the routers are fitted.
 FIT_EXAMPLES = 64
-# Layers that carry a state from token to token, as a model's config names them.
-RECURRENT = {"conv", "linear_attention", "mamba", "recurrent"}
 
 
 @contextlib.contextmanager
@@ -84,6 +82,8 @@ def load_model(name: str, bf16: bool, lora: bool = False) -> tuple[Any, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    from pyfirst.training.routers import check_layers
+
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
         if (path / ADAPTER_CONFIG_NAME).is_file():
@@ -121,10 +121,7 @@ def load_model(name: str, bf16: bool, lora: bool = False) -> tuple[Any, Any]:
     if found["mismatched_keys"]:
         key, there, wanted = min(found["mismatched_keys"])
         raise InputError(f"{name}: {key} has the shape {list(there)}, config.json wants {list(wanted)}")
-    text = model.config.get_text_config()
-    kinds = {kind for key in ("layer_types", "layers_block_type") for kind in getattr(text, key, None) or ()}
-    if recurrent := kinds & RECURRENT:
-        raise InputError(f"{name}: has {min(recurrent)} layers, whose state needs every token; none can be skipped")
+    check_layers(model)
     return model.eval(), tokenizer
 
 
