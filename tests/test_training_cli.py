@@ -31,7 +31,7 @@ from pyfirst.training.data import MixedSampler, draw, encode, hold_back, load_ex
 from pyfirst.training.objectives import steer
 from pyfirst.training.options import build_parser, protected_layers
 from pyfirst.training.routers import FirstModel, Routers
-from pyfirst.training.train import main, train
+from pyfirst.training.train import main, train, with_lora
 
 
 @pytest.fixture(scope="module")
@@ -584,6 +584,15 @@ def test_layers_with_a_state_are_refused_before_training(folder, data, tmp_path,
     assert main(arguments(odd, data, tmp_path / "out")) == 2
     named = {"lfm2": "has conv layers", "rwkv": "has recurrent layers"}
     assert named[kind] in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "out").exists()
+
+
+def test_a_router_of_experts_gets_no_lora(tmp_path):
+    """Llama 4's is a linear layer that returns two tensors."""
+    args = build_parser().parse_args(arguments("x", "x", "x"))
+    model = with_lora(tiny.load(tiny.make("llama4", tmp_path)), args, "x")
+    assert torch.isfinite(model(input_ids=torch.tensor([[5, 6, 7]])).logits).all()
+    names = [name for name, _ in model.named_parameters() if "lora_" in name]
+    assert any("q_proj" in name for name in names) and not any("router" in name for name in names)
 
 
 @pytest.mark.parametrize("named", [True, False])

@@ -142,16 +142,23 @@ def with_lora(base: Any, args: argparse.Namespace, name: str) -> Any:
     Raises InputError for modules that the model lacks, or that first-convert could not merge.
     """
     from peft import LoraConfig, get_peft_model
+    from torch import nn
 
     from pyfirst.training import report
     from pyfirst.training.routers import find_layers
 
     how: dict[str, Any] = {"r": args.lora_r, "lora_alpha": args.lora_alpha or 2 * args.lora_r}
     how["task_type"] = "CAUSAL_LM"
+    linear = [(name, type(module).__name__) for name, module in base.named_modules() if isinstance(module, nn.Linear)]
+    # A linear layer of this kind returns more than a product, so that no LoRA can be put on it or merged into it.
+    routers = sorted({name.rpartition(".")[2] for name, kind in linear if "Router" in kind})
+    excluded = [rf".*\.{re.escape(name)}" for name in routers]
     if base.config.get_text_config() is not base.config:  # of a multimodal parent, what llama.cpp runs
         layers = find_layers(base)
         text = next(name for name, module in base.named_modules() if module is layers).rpartition(".")[0]
-        how["exclude_modules"] = rf"(?!{re.escape(text)}\.|lm_head$).*"
+        excluded.append(rf"(?!{re.escape(text)}\.|lm_head$).*")
+    if excluded:
+        how["exclude_modules"] = "|".join(excluded)
     lora = LoraConfig(target_modules=lora_targets(args.lora_targets, base), **how)
     try:
         base = get_peft_model(base, lora)
