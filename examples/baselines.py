@@ -128,11 +128,15 @@ def run(name: str, options: list[str], args: argparse.Namespace) -> dict[str, An
     return result
 
 
-def statistics(result: dict[str, Any], metrics: dict[str, str]) -> dict[str, Statistic]:
-    """Scores of one system: "TASK NAME" by task, and "ce" as the mean of the tasks' cross-entropies."""
+def statistics(result: dict[str, Any], tasks: Sequence[str], metrics: dict[str, str]) -> dict[str, Statistic]:
+    """Scores of one system: "TASK NAME" by task, and "ce" as the mean of the tasks' cross-entropies.
+
+    Rows are in the order of ``tasks``, so that systems are paired whatever the order of their test files.
+    """
     found: dict[str, Statistic] = {}
     rows = []
-    for task, parts in result["tasks"].items():
+    for task in tasks:
+        parts = result["tasks"][task]
         ce = np.array(parts["ce"], np.float64)
         found[f"{task} ce"] = Statistic(ce)
         rows.append(ce)
@@ -156,7 +160,7 @@ def table(folder: Path, titles: dict[str, str]) -> str:
     any_result = results[shown[0]]
     tasks = list(any_result["tasks"])
     scores = {"describe": "bleu", "summarize": "rougeL"}
-    measured = {name: statistics(results[name], scores) for name in shown}
+    measured = {name: statistics(results[name], tasks, scores) for name in shown}
 
     def cell(name: str, score: str, against: str | None, digits: int) -> str:
         if score not in measured[name]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 
@@ -90,6 +91,18 @@ def test_baselines_of_one_example_have_no_interval(tmp_path, monkeypatch):
     assert row.split(" | ")[3] == "2.500 (+1.000)"
     (row,) = (line for line in baselines.table(tmp_path / "2", titles).splitlines() if line.startswith("| one mask"))
     assert row.split(" | ")[3] == "3.500 (+0.750, +0.500..+1.000)"
+
+
+def test_baselines_pair_the_tasks_whatever_their_order(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import baselines
+
+    ce = {"describe": [[2.0, 2], [4.0, 2]], "math": [[20.0, 4], [30.0, 4], [90.0, 4]]}
+    stored = {"tasks": {task: {"ce": ce[task]} for task in ("math", "describe")}}
+    found = baselines.statistics(stored, ["describe", "math"], {})["ce"]
+    # The first describe alone, and the last math: rows 0 and 4 of "describe", then "math".
+    assert found.of(np.array([0, 4])) == (1.0 + 22.5) / 2
+    assert found.of(np.arange(5)) == (6 / 4 + 140 / 12) / 2
 
 
 def test_baselines_take_no_result_of_other_tests_or_answers(tmp_path, monkeypatch):
