@@ -1,7 +1,8 @@
 """FirstBatch: many sequences at once, each with its own layers.
 
-Continuous batching on one context: a place that a finished sequence leaves is taken at once. Prompts and single
-decode steps share a batch; what several prompts begin with is computed once, where their masks allow it.
+Continuous batching on one context: a place that a finished sequence leaves is taken at once. A step computes a token
+of all sequences that decode, and pieces of prompts; what several prompts begin with is computed once, where their masks
+allow it.
 """
 
 from __future__ import annotations
@@ -199,9 +200,9 @@ class FirstBatch:
         self.n_layer: int = llama_cpp.llama_model_n_layer(self._model.model)
         self.prefill = prefill or self.metadata.get(metadata.PREFILL, "full")
         self.window = int(self.metadata.get(metadata.WINDOW, 512))
-        n_batch = max(sizes.n_batch, n_parallel)  # a token for each that decodes
+        n_batch = max(sizes.n_batch, n_parallel + 2)  # a token for each that decodes, three of a prompt
         if self.prefill == "skip":
-            n_batch = max(n_batch, min(self.window, n_ctx))
+            n_batch = max(n_batch, min(self.window + 1, n_ctx))
         self.n_batch = n_batch
 
         params = llama_cpp.llama_context_default_params()
@@ -419,12 +420,6 @@ class FirstBatch:
         sampler.add_dist(random.SystemRandom().getrandbits(32) if request.seed is None else request.seed)
         return sampler
 
-    def _apply_threshold(self, request: Request) -> float:
-        """Before a decision falls; the context knows one threshold only."""
-        threshold = self._threshold_of(request)
-        native.set_threshold(self._ctx.ctx, threshold)
-        return threshold
-
     def _threshold_of(self, request: Request) -> float:
         assert self.threshold is not None
         return self.threshold if request.threshold is None else request.threshold
@@ -453,7 +448,7 @@ class FirstBatch:
                 same = not self._routed(other) and bool((self._mask(other) == self._mask(request)).all())
             if not same:
                 return 0
-        n = min(common_prefix(other.tokens, request.tokens), len(request.tokens) - 1)
+        n = min(common_prefix(other.tokens, request.tokens), len(request.tokens) - 2)  # see _parts()
         return n if n >= MIN_SHARED_PREFIX else 0
 
     def _fill(self) -> None:
@@ -513,11 +508,11 @@ class FirstBatch:
         """The whole prompt has been read: pin the mask."""
         ctx = self._ctx.ctx
         if self._routed(slot.request):
-            threshold = self._apply_threshold(slot.request)
             native.commit(ctx, seq)  # leaves a mask that is pinned already
             pinned = native.get_mask(ctx, self.n_layer, seq)
             assert pinned is not None
-            routing = Routing(pinned, native.get_scores(ctx, self.n_layer, seq), self.prefill, threshold)
+            scores = native.get_scores(ctx, self.n_layer, seq)
+            routing = Routing(pinned, scores, self.prefill, self._threshold_of(slot.request))
         else:
             if self.prefill == "full" and slot.request.mask is not None:
                 native.set_mask(ctx, slot.request.mask, seq)
@@ -525,7 +520,7 @@ class FirstBatch:
         self._routings[slot.handle] = routing
 
     def step(self) -> list[Update]:
-        """Compute one batch: a token of each sequence that decodes, and prompt tokens as far as n_batch allows.
+        """Compute a token of each sequence that decodes, then prompts in order of arrival as far as n_batch allows.
 
         Returns the updates of requests that were submit()ted, also those that a generate() in another thread has
         computed meanwhile; its own go there.
@@ -537,63 +532,79 @@ class FirstBatch:
             return mine
 
     def _deliver(self) -> None:
+        """Compute a step; each update reaches whom it belongs to before what follows it can fail."""
         self._check_open()
-        for update in self._step():
-            self._mail.get(update.request, self._unclaimed).append(update)
-
-    def _step(self) -> list[Update]:
         self._fill()
-        alone = next(
-            (
-                seq
-                for seq, slot in enumerate(self._slots)
-                if slot is not None and slot.n_past == 0 and self.prefill == "skip" and self._routed(slot.request)
-            ),
-            None,
-        )
-        if alone is not None:
-            slot = self._slots[alone]
-            assert slot is not None
-            self._apply_threshold(slot.request)
+        parts = self._parts()
+        start = time.perf_counter()
+        for part in parts:
+            for update in self._compute(part):
+                self._mail.get(update.request, self._unclaimed).append(update)
+        n = sum(sum(part.values()) for part in parts)
+        if n > self.n_parallel:  # mostly prompts
+            self._tokens_per_second = n / (time.perf_counter() - start)
+
+    def _parts(self) -> list[dict[int, int]]:
+        """Tokens of each sequence for a step, one dictionary for each llama_decode.
+
+        Those that decode share the first. Each piece of a prompt has its own, in order of arrival: of prompts side by
+        side llama.cpp computes pieces as long as its neighbours', and one token alone has other last bits than several.
+        """
+        slots = {seq: slot for seq, slot in enumerate(self._slots) if slot is not None}
+        parts = [{seq: 1 for seq, slot in slots.items() if not slot.reading}]
+        room = self._room() - len(parts[0])
+        for seq, slot in sorted(slots.items(), key=lambda item: item[1].handle):
+            if slot.reading:
+                n = self._piece(slot, room, len(parts) == 1)
+                if n == 0:
+                    break
+                parts.append({seq: n})
+                room -= n
+        return [part for part in parts if part]
+
+    def _piece(self, slot: _Slot, room: int, first: bool) -> int:
+        """Tokens of a prompt to read now, 0 where the room is too small; never one, and never all but one, of several.
+
+        What decides in "skip" is read at once, whatever the room if it is the ``first`` of a step.
+        """
+        left = len(slot.pending)
+        if slot.n_past == 0 and self.prefill == "skip" and self._routed(slot.request):
+            least = min(left, self.window + 1)
+            if room < least and not first:
+                return 0
+            room = max(room, least)
+        if left <= room:
+            return left
+        n = room - (left - room == 1)
+        return n if n > 1 else 0
+
+    def _compute(self, part: dict[int, int]) -> Iterator[Update]:
+        """Compute so many tokens of each of these sequences at once; a sequence then samples if it has no more."""
+        rows: dict[int, int] = {}
         n = 0
-        outputs: list[tuple[int, int]] = []  # (sequence, row of the batch)
-        used: list[tuple[int, int]] = []  # (sequence, tokens)
-        room = self._room() if alone is None else min(self.n_batch, max(self.window, self._room()))
-        order = sorted(range(self.n_parallel), key=lambda seq: self._slots[seq] is None or self._slots[seq].reading)  # type: ignore[union-attr]
-        for seq in order:
+        for seq, count in part.items():
             slot = self._slots[seq]
-            if slot is None or (alone is not None and seq != alone):
-                continue
-            chunk = slot.pending[: room - n]
-            for i, token in enumerate(chunk):
+            assert slot is not None
+            if slot.reading and self._routed(slot.request):
+                # The context knows one threshold only: that of the decision that may fall now.
+                native.set_threshold(self._ctx.ctx, self._threshold_of(slot.request))
+            for i, token in enumerate(slot.pending[:count]):
                 self._batch.token[n], self._batch.pos[n] = token, slot.n_past + i
                 self._batch.n_seq_id[n], self._batch.seq_id[n][0] = 1, seq
                 self._batch.logits[n] = i == len(slot.pending) - 1
-                if self._batch.logits[n]:
-                    outputs.append((seq, n))
                 n += 1
-            if chunk:
-                used.append((seq, len(chunk)))
-        if n == 0:
-            return []
+            rows[seq] = n - 1
         self._batch.n_tokens = n
-        start = time.perf_counter()
         self._decode()
-        for seq, count in used:
+        for seq, row in rows.items():
             slot = self._slots[seq]
             assert slot is not None
-            slot.n_past += count
-            slot.pending = slot.pending[count:]
-        updates = []
-        for seq, row in outputs:
-            slot = self._slots[seq]
-            assert slot is not None
+            slot.n_past += part[seq]
+            slot.pending = slot.pending[part[seq] :]
             if slot.n_past == len(slot.request.tokens):
                 self._prompt_done(seq, slot)
-            updates.append(self._accept(seq, slot, slot.sampler.sample(self._ctx, row), row))
-        if n > self.n_parallel:  # mostly prompts
-            self._tokens_per_second = n / (time.perf_counter() - start)
-        return updates
+            if not slot.pending:
+                yield self._accept(seq, slot, slot.sampler.sample(self._ctx, row), row)
 
     def _room(self) -> int:
         """Tokens that the next step may compute; those of sequences that decode always fit."""

@@ -216,8 +216,8 @@ def plan(
         n_ctx: tokens of context of each sequence, as the user wants it (0: what the model was trained for); then what
             does not fit is warned of and tried all the same.
         max_ctx: the most to take where n_ctx is None; halved, down to 256, until it fits.
-        n_batch: tokens computed at once; default: 512, halved down to 64 until it fits. In prefill "skip" it is at
-            least the window that decides.
+        n_batch: tokens computed at once; default: 512, halved down to 64 until it fits. In prefill "skip" it is
+            more than the window that decides.
         use_mmap: default: yes, unless the address space is limited and holds the file only once.
         n_seq: sequences in the context.
         prefill: as in FirstLlama; default: what the file says.
@@ -257,7 +257,7 @@ def plan(
     found = None
     for context, batch, mapped in itertools.product(contexts, batches, maps):
         if n_batch is None and (prefill or model.prefill) == "skip":
-            batch = max(batch, min(model.window, context))
+            batch = max(batch, min(model.window + 1, context))
         need = model.need(context, batch, mapped)
         room = min(limits, key=lambda room: room.size - need.total(room.address_space), default=None)
         found = Plan(context, batch, mapped, need, room)

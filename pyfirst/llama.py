@@ -221,7 +221,7 @@ class FirstLlama(llama_cpp.Llama):
         self.window = int(self.metadata.get(metadata.WINDOW, 512))
         # llama.cpp rounds a small context up; the parent's buffers do not follow.
         self._n_cells = min(self.n_ctx(), len(self.input_ids))
-        wanted = min(self.window, self._n_cells)
+        wanted = min(self.window + 1, self._n_cells)  # see eval()
         if self.prefill == "skip" and self.context_params.n_ubatch < wanted:
             # The tokens that decide must be in one micro-batch, or the mask would depend on its size.
             self.close()
@@ -392,10 +392,11 @@ class FirstLlama(llama_cpp.Llama):
     def _reusable(self, tokens: list[int], forced: np.ndarray | None) -> tuple[int, bool]:
         """(leading tokens of the KV cache to keep, whether the pinned mask goes on).
 
-        At least one token is computed again, for its logits.
+        The last token is computed again, for its logits; with one more, as one alone has other last bits than several.
         """
         live = self._live
-        prefix = min(common_prefix(self.input_ids[: self.n_tokens].tolist(), tokens), len(tokens) - 1)
+        common = min(common_prefix(self.input_ids[: self.n_tokens].tolist(), tokens), len(tokens) - 1)
+        prefix = max(0, min(common, len(tokens) - 2))
         if forced is None and not self._routed:
             return (prefix, False) if live.kind in ("empty", "dense") else (min(prefix, live.n_dense), False)
         if forced is not None:
@@ -405,8 +406,9 @@ class FirstLlama(llama_cpp.Llama):
             return min(prefix, live.n_dense), False
         if live.kind != "routed" or live.prefill != self.prefill:
             return 0, False
-        if self.sticky and prefix >= max(live.n_dense, len(live.deciding)):
-            return prefix, True
+        decided = max(live.n_dense, len(live.deciding))
+        if self.sticky and common >= decided:
+            return max(prefix, decided), True
         if self.prefill == "full":
             return min(prefix, live.n_dense), False
         same = live.deciding == tuple(tokens[: self.window]) and live.threshold == self.threshold
@@ -481,6 +483,11 @@ class FirstLlama(llama_cpp.Llama):
             if len(tokens) and self.n_tokens == 0 and self._pending is None:
                 tokens = self._begin_prompt(list(tokens))
             try:
+                n_ubatch = self.context_params.n_ubatch
+                if len(tokens) > n_ubatch and len(tokens) % n_ubatch == 1:
+                    # One token alone has other last bits than several.
+                    super().eval(tokens[:-2])
+                    tokens = tokens[-2:]
                 super().eval(tokens)
                 if self._pending is not None:
                     self._end_prompt(self._pending)

@@ -80,6 +80,42 @@ def test_routed_prompts_decide_for_themselves(files):
     assert len(seen) > 1
 
 
+def first_logprobs(results) -> list[dict[str, float]]:
+    """The likeliest first tokens of each answer; equal to the last bit where the prompts were read alike."""
+    return [result["choices"][0]["logprobs"]["top_logprobs"][0] for result in results]
+
+
+@pytest.mark.parametrize("n_batch", [5, 512])
+@pytest.mark.parametrize("prefill", ["full", "skip"])
+def test_a_prompt_is_read_to_the_last_bit_as_alone(prefill, n_batch, files):
+    """With the cache in float16, beside prompts of other lengths, in pieces, and again where it was read before."""
+    asked = {"max_tokens": 1, "temperature": 0.0, "logprobs": 20}
+    prompts = [tiny.prompt(n, n) for n in (31, 1, 6, 2, 7, 24, 3, 36)]
+    with FirstBatch(files[prefill][2], n_parallel=1) as batch:
+        alone = [first_logprobs(batch.generate([prompt], **asked))[0] for prompt in prompts]
+    with FirstBatch(files[prefill][2], n_parallel=4, n_batch=n_batch) as batch:
+        assert first_logprobs(batch.generate(prompts, **asked)) == alone
+        assert first_logprobs(batch.generate(prompts[-1:], **asked)) == alone[-1:]
+
+
+@pytest.mark.parametrize("prefill", ["full", "skip"])
+def test_first_come_first_read(prefill, files):
+    """While short answers follow each other as fast as places get free."""
+    with FirstBatch(files[prefill][2], n_parallel=4, n_batch=64) as batch:
+        talking = batch.submit(Request(tiny.prompt(8, 1), max_tokens=60, temperature=1.0, seed=6))
+        batch.step()
+        order, said, steps, n = [], 0, 0, 0
+        while len(order) < 40:
+            while batch.n_waiting < 4:
+                batch.submit(Request(tiny.prompt(100, n), max_tokens=1))
+                n += 1
+            updates = batch.step()
+            steps += 1
+            order += [update.request for update in updates if update.request != talking]
+            said += talking in [update.request for update in updates]
+    assert order == sorted(order) and said == min(steps, 59)
+
+
 @pytest.fixture
 def computed(monkeypatch):
     """Counts the tokens that batches compute."""

@@ -167,7 +167,7 @@ def test_the_window_that_decides_is_one_batch(tiny_model, tmp_path, available):
     recipe = tiny.recipe(tmp_path / "recipe", folder, prefill="skip", window=200)
     convert(None, base_gguf=base, first=recipe, outfile=tmp_path / "skip.gguf")
     available(1)
-    assert fit.plan(tmp_path / "skip.gguf", n_ctx=256).n_batch == 200
+    assert fit.plan(tmp_path / "skip.gguf", n_ctx=256).n_batch == 201
     assert fit.plan(tmp_path / "skip.gguf", n_ctx=256, prefill="full").n_batch == 64
 
 
