@@ -10,11 +10,13 @@ from __future__ import annotations
 import os
 import random
 import reprlib
+import signal
 import threading
 import time
 import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from typing import Any
@@ -87,6 +89,23 @@ _RANGES = {
     "frequency_penalty": (-_FLOAT_MAX, _FLOAT_MAX, True),
     "presence_penalty": (-_FLOAT_MAX, _FLOAT_MAX, True),
 }
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block: half a step is nothing that a sequence could go on from."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield  # no Ctrl-C comes here
+        return
+    late: list[tuple[int, Any]] = []
+    signal.signal(signal.SIGINT, lambda *came: late.append(came))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if late:
+            handler(*late[-1])
 
 
 @dataclass
@@ -534,15 +553,16 @@ class FirstBatch:
     def _deliver(self) -> None:
         """Compute a step; each update reaches whom it belongs to before what follows it can fail."""
         self._check_open()
-        self._fill()
-        parts = self._parts()
-        start = time.perf_counter()
-        for part in parts:
-            for update in self._compute(part):
-                self._mail.get(update.request, self._unclaimed).append(update)
-        n = sum(sum(part.values()) for part in parts)
-        if n > self.n_parallel:  # mostly prompts
-            self._tokens_per_second = n / (time.perf_counter() - start)
+        with _uninterrupted():
+            self._fill()
+            parts = self._parts()
+            start = time.perf_counter()
+            for part in parts:
+                for update in self._compute(part):
+                    self._mail.get(update.request, self._unclaimed).append(update)
+            n = sum(sum(part.values()) for part in parts)
+            if n > self.n_parallel:  # mostly prompts
+                self._tokens_per_second = n / (time.perf_counter() - start)
 
     def _parts(self) -> list[dict[int, int]]:
         """Tokens of each sequence for a step, one dictionary for each llama_decode.
@@ -643,10 +663,10 @@ class FirstBatch:
 
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Iterable[str | Sequence[int]],
         *,
         max_tokens: int | Sequence[int] = 16,
-        masks: Sequence[Sequence[bool] | np.ndarray | None] | None = None,
+        masks: Iterable[Sequence[bool] | np.ndarray | None] | None = None,
         stop: str | Sequence[str | Sequence[str] | None] | None = (),
         stream: bool = False,
         **sampling: Any,
@@ -665,8 +685,11 @@ class FirstBatch:
             ValueError: empty or overlong prompt, mask of the wrong length, lists of different lengths, values of a
                 wrong type or out of range.
         """
-        if isinstance(prompts, (str, bytes)):
+        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
             raise InputError(f"prompts is {reprlib.repr(prompts)}, expected a list of texts or of lists of token ids")
+        if not (masks is None or isinstance(masks, Iterable)):
+            raise InputError(f"masks is {reprlib.repr(masks)}, expected a list with one for each prompt")
+        prompts, masks = list(prompts), None if masks is None else list(masks)
         names = tuple(f.name for f in fields(Request) if f.name not in ("tokens", "max_tokens", "stop", "mask"))
         unknown = sorted(set(sampling) - set(names))
         if unknown:
@@ -722,7 +745,7 @@ class FirstBatch:
         handles: dict[int, int] = {}
         names = [f"cmpl-{uuid.uuid4()}" for _ in requests]
         try:
-            with self._lock:
+            with self._lock, _uninterrupted():
                 for i, request in enumerate(requests):
                     handle = self.submit(request)
                     handles[handle], self._mail[handle] = i, deque()
@@ -741,8 +764,9 @@ class FirstBatch:
                         del handles[update.request], self._mail[update.request]
                     yield i, chunk
         finally:
-            for handle in handles:
-                self.cancel(handle)
+            with self._lock, _uninterrupted():
+                for handle in handles:
+                    self.cancel(handle)
 
     def _chunk(self, name: str, request: Request, update: Update, start: int) -> dict[str, Any]:
         routing = self._routings[update.request]

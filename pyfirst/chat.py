@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,9 +59,12 @@ class ChatTemplate:
             return message
         texts = []
         for part in content:
-            if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            if not (isinstance(part, dict) and kind == "text"):
                 raise InputError(f"{self.model_path}: a message holds a part of type {kind!r}, this model reads text")
+            if not isinstance(part.get("text"), str):
+                found = reprlib.repr(part["text"]) if "text" in part else "missing"
+                raise InputError(f"a message holds a part of type 'text' whose text is {found}, expected a text")
             texts.append(part["text"])
         return message if self._takes_parts else {**message, "content": "".join(texts)}
 

@@ -52,9 +52,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (False, True),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
     "store": (False,),
     "metadata": ({},),
     "service_tier": ("auto", "default"),
+    "include_obfuscation": (False, True),  # of stream_options
 }
 
 
@@ -104,6 +107,8 @@ class Common(_Body):
     stream_options: StreamOptions = StreamOptions()
     n: int = Field(1, ge=1)
     user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
     first: dict[str, Any] = {}
 
 
@@ -540,7 +545,8 @@ def create_app(engine: Engine) -> FastAPI:
             raise HTTPException(404, f"no model {reprlib.repr(wanted)} here, only '{name}'")
         return about
 
-    @app.api_route("/health", methods=["GET", "HEAD"])
+    @app.get("/health")
+    @app.head("/health", include_in_schema=False)
     async def health() -> Response:
         if not engine.thread.is_alive():
             return JSONResponse({"status": "error"}, 503)

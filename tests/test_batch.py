@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import itertools
 import os
 import subprocess
@@ -195,7 +196,8 @@ def test_in_skip_a_prefix_is_shared_where_the_mask_is_the_same(windowed, compute
         alone = [solo(windowed, p, 8, m) for p, m in zip(prompts, forced, strict=True)]
         computed.clear()
         with FirstBatch(windowed, n_parallel=3, **F32) as batch:
-            assert answers(batch.generate(prompts, max_tokens=8, masks=masks, temperature=0.0)) == alone
+            lists = iter(prompts), masks and iter(masks)
+            assert answers(batch.generate(lists[0], max_tokens=8, masks=lists[1], temperature=0.0)) == alone
         assert sum(computed) < 5 * (46 + 8) - 2 * 30
 
 
@@ -441,6 +443,37 @@ def test_abandoned_streams_and_cancelled_requests_free_their_places(files):
         assert texts(batch.generate(prompts, max_tokens=6, temperature=0.0)) == expected
 
 
+@pytest.mark.parametrize("prefill", ["full", "skip"])
+def test_ctrl_c_in_a_step_ends_only_the_call_that_it_came_to(prefill, files, monkeypatch):
+    """While prompts are being read, and while all decode; then with updates for step() that nobody has seen yet."""
+    path, prompts = files[prefill][2], [tiny.prompt(30, i) for i in range(4)]
+    alone = [solo(path, prompt, 12)[0] for prompt in prompts]
+    decode, left = FirstBatch._decode, []
+
+    def interrupted(self):
+        decode(self)
+        if left and not left.pop():
+            _thread.interrupt_main()
+
+    monkeypatch.setattr(FirstBatch, "_decode", interrupted)
+    with FirstBatch(path, n_parallel=4, **F32) as batch:
+        for when in range(1, 9):
+            mine = batch.submit(Request(prompts[3], max_tokens=12, temperature=0.0))
+            stream = batch.generate(prompts[:1], max_tokens=12, temperature=0.0, stream=True)
+            found = [next(stream)[1]["choices"][0]["text"]]
+            left[:] = [0, *[1] * when]
+            with pytest.raises(KeyboardInterrupt):
+                batch.generate(prompts[1:3], max_tokens=12, temperature=0.0)
+            left.clear()
+            found += [chunk["choices"][0]["text"] for _, chunk in stream]
+            assert "".join(found) == alone[0]
+            text = ""
+            while batch.n_active or batch._unclaimed:
+                text += "".join(update.text for update in batch.step() if update.request == mine)
+            assert text == alone[3]
+        assert texts(batch.generate(prompts, max_tokens=12, temperature=0.0)) == alone
+
+
 def test_closing_says_so_to_streams_and_later_calls(files):
     batch = FirstBatch(files["full"][2], n_parallel=1, **F32)
     stream = batch.generate([tiny.prompt(9, 1), tiny.prompt(9, 2)], max_tokens=99, temperature=0.0, stream=True)
@@ -499,6 +532,8 @@ def test_context_end_is_length(files):
 WRONG = [
     ("prompts", "the quick"),
     ("prompts", b"the quick"),
+    ("prompts", None),
+    ("masks", 5),
     ("prompts", [b"x"]),
     ("prompts", [5, 6]),
     ("prompts", [["x"]]),

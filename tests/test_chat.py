@@ -91,6 +91,8 @@ def test_parts_are_joined_where_the_template_wants_text(tiny_model, other):
     image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
     with pytest.raises(InputError, match="image_url"):
         llm.create_chat_completion(image)
+    with pytest.raises(InputError, match="'text' whose text is missing"):
+        llm.create_chat_completion([{"role": "user", "content": [{"type": "text"}]}])
     reads_parts = FirstLlama(other(PARTS))
     assert reads_parts.chat_template.render(parts) == "[a][b]"
     with pytest.raises(InputError, match="image_url"):

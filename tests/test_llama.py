@@ -103,6 +103,19 @@ def test_full_reuses_the_common_dense_prefix(files, monkeypatch):
     assert evaluated[0] == 2
 
 
+@pytest.mark.parametrize("prefill", ["full", "skip"])
+def test_a_prompt_asked_again_has_the_logits_of_the_first_time_to_the_last_bit(prefill, files):
+    """And those of FirstBatch; with the cache in float16, also where n_batch leaves one token over."""
+    path, asked = files[prefill][2], {"max_tokens": 1, "temperature": 0.0, "logprobs": 20}
+    with FirstBatch(path, n_parallel=1, n_ctx=256, n_batch=32) as batch:
+        llm = FirstLlama(path, n_ctx=256, n_batch=32)
+        for n in (1, 2, 3, 31, 33, 65):
+            prompt = tiny.prompt(n, n)
+            truth = batch.generate([prompt], **asked)[0]["choices"][0]["logprobs"]["top_logprobs"]
+            for _ in range(2):
+                assert llm.create_completion(prompt, **asked)["choices"][0]["logprobs"]["top_logprobs"] == truth
+
+
 def test_forced_routed_and_dense_calls_mix(files):
     folder, recipe, path = files["full"]
     llm = FirstLlama(path, **F32)
@@ -133,12 +146,16 @@ def test_decision_does_not_depend_on_batch_size(n_batch, prefill, files):
 
 
 def test_sticky_keeps_the_first_decision(files):
-    path = files["full"][2]
+    folder, recipe, path = files["full"]
     llm = FirstLlama(path, sticky=True, **F32)
     first = tiny.prompt(12, 0)
     answer = tokens_of(llm, first)
     assert llm.routing is not None
     mask = llm.routing.mask
+    longer = ([*first, token] for token in range(3, 200))
+    tokens_of(llm, next(ids for ids in longer if (tiny.decide(folder, recipe, ids)[0] != mask).any()))
+    assert (llm.routing.mask == mask).all()
+    tokens_of(llm, first)
     grown = first + answer + tiny.prompt(30, 8)
     tokens_of(llm, grown)
     assert (llm.routing.mask == mask).all()

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import psutil
 import pytest
 import tiny
 
-from pyfirst import FirstBatch, FirstLlama
+from pyfirst import FirstBatch, FirstLlama, InputError
 
 CONTEXT = 128
 # With this seed and the three after it no answer ends by itself.
@@ -108,7 +109,8 @@ def test_chat_streams_what_it_answers(client):
             max_completion_tokens=16,
             temperature=0,
             stream=True,
-            stream_options={"include_usage": True},
+            stream_options={"include_usage": True, "include_obfuscation": True},
+            extra_body={"safety_identifier": "x", "prompt_cache_key": "y"},
         )
     )
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
@@ -352,6 +354,8 @@ def test_bad_requests_are_400_and_the_server_goes_on(server, client, model):
         ("store", [False], True),
         ("metadata", [{}], {"a": "b"}),
         ("service_tier", ["auto", "default"], "flex"),
+        ("functions", [[], None], [{"name": "f"}]),
+        ("function_call", ["none", "auto"], {"name": "f"}),
     ],
 )
 def test_fields_that_we_lack_may_ask_for_nothing(field, neutral, other, client):
@@ -410,7 +414,19 @@ def test_a_template_that_refuses_is_400(model, tmp_path, tiny_model):
             raw = json.dumps({"messages": [{"role": role, "content": "x"}]})
             answer = web.post("/v1/chat/completions", content=raw, headers={"content-type": "application/json"})
             assert answer.status_code == 400 and "roles must alternate" in answer.text
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # such as for two operations of one name
+            assert web.get("/openapi.json").status_code == web.head("/health").status_code == 200
         assert web.post("/v1/completions", json={"prompt": "the", "max_tokens": 1}).status_code == 200
+
+
+def test_a_port_is_taken_before_the_model_is_loaded():
+    from pyfirst.cli.serve import _bind
+
+    with _bind("127.0.0.1", 0) as bound:
+        port = bound.getsockname()[1]
+        with pytest.raises(InputError, match=f"--host 127.0.0.1 --port {port}: .* in use"):
+            _bind("127.0.0.1", port)
 
 
 @contextlib.contextmanager

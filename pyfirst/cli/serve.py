@@ -49,6 +49,7 @@ def _bind(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, kind)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        bound.listen()  # or another may bind it, too, while the model loads
     except OSError as error:
         raise InputError(f"cannot listen on --host {host} --port {port}: {error}") from None
     return bound
