@@ -135,7 +135,9 @@ class FirstBatch:
     the logits, n_parallel * vocabulary * 4 bytes. What the prompts of finished sequences left there serves the next
     prompts that begin alike.
 
-    May be used from several threads; their requests share the batch.
+    May be used from several threads; their requests share the batch. With Q4_0 weights and without kv_unified an answer
+    at temperature 0 is that of its prompt alone, to the last bit of its log-probabilities; with other types last bits
+    of what is decoded may depend on how many sequences decode.
 
     Args:
         model_path: GGUF file.
