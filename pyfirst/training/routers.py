@@ -279,18 +279,14 @@ class FirstModel(nn.Module):
 
     @torch.no_grad()
     def _probe(self) -> None:
-        """Learn from one token what each layer returns, a tensor or a tuple, as a skipped one must too."""
+        """Learn from one token what each layer returns, a tensor or a tuple, as a skipped one must too.
+
+        Raises InputError where the layers do not read one stream, once each.
+        """
         shapes: list[list[int]] = []
-
-        def record(_: Any, args: Any, kwargs: Any) -> None:
-            shapes.append(list((args[0] if args else kwargs["hidden_states"]).shape))
-
-        hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in self.layers]
         token = torch.zeros(1, 1, dtype=torch.long, device=next(self.inner.parameters()).device)
-        with self._precision():
+        with self._precision(), self._inputs(lambda hidden: shapes.append(list(hidden.shape))):
             self.inner(input_ids=token, use_cache=False)
-        for hook in hooks:
-            hook.remove()
         who, wanted = type(self.inner).__name__, [1, 1, self.routers.weight.shape[1]]
         for shape in shapes:
             if shape != wanted:
@@ -384,23 +380,28 @@ class FirstModel(nn.Module):
             hook.remove()
 
     @contextlib.contextmanager
+    def _inputs(self, take: Callable[[torch.Tensor], None]) -> Iterator[None]:
+        """Inside the block ``take`` gets h_l, [B, T, D], whenever a layer is called."""
+
+        def hook(_: Any, args: Any, kwargs: Any) -> None:
+            take(args[0] if args else kwargs["hidden_states"])
+
+        hooks = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in self.layers]
+        try:
+            yield
+        finally:
+            for handle in hooks:
+                handle.remove()
+
+    @contextlib.contextmanager
     def features(self, tokens: torch.Tensor) -> Iterator[list[torch.Tensor]]:
         """Collect from the forward pass inside the block the mean of n(h_l) over ``tokens``, bool [B, T].
 
         Yields a list that gets a float32 [B, D] for each layer in turn.
         """
         means: list[torch.Tensor] = []
-
-        def record(_: Any, args: Any, kwargs: Any) -> None:
-            hidden = self.routers.normalise(args[0] if args else kwargs["hidden_states"])
-            means.append(masked_mean(hidden, tokens[..., None]))
-
-        hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in self.layers]
-        try:
+        with self._inputs(lambda h: means.append(masked_mean(self.routers.normalise(h), tokens[..., None]))):
             yield means
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _start(self, prompt: torch.Tensor, keep: torch.Tensor | None) -> Pass:
         """A pass over ``prompt``, bool [B, T] and true on prompt tokens; ``keep`` forces the masks."""
