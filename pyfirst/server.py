@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pyfirst.batch import FirstBatch, Request, Update, first_options
@@ -339,8 +340,8 @@ class _Limited:
         await self.app(scope, counted, send)
 
 
-def create_app(engine: Engine) -> FastAPI:
-    """The ASGI application; the engine is closed when the server ends."""
+def create_app(engine: Engine, origins: Sequence[str] = ()) -> FastAPI:
+    """The ASGI application; the engine is closed when the server ends. Pages of ``origins`` may ask from a browser."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -349,6 +350,8 @@ def create_app(engine: Engine) -> FastAPI:
 
     app = FastAPI(title="pyfirst", lifespan=lifespan)
     app.add_middleware(_Limited)
+    if origins:
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     batch = engine.batch
     name = Path(batch.model_path).stem
     about = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "local"}
@@ -562,10 +565,9 @@ def create_app(engine: Engine) -> FastAPI:
 class Server(uvicorn.Server):
     """Closes the engine before uvicorn cancels the requests, so that each is told why it ends."""
 
-    def __init__(self, engine: Engine, log_level: str):
-        super().__init__(
-            uvicorn.Config(create_app(engine), log_level=log_level, timeout_graceful_shutdown=GRACE + LEAVE)
-        )
+    def __init__(self, engine: Engine, log_level: str, origins: Sequence[str] = ()):
+        app = create_app(engine, origins)
+        super().__init__(uvicorn.Config(app, log_level=log_level, timeout_graceful_shutdown=GRACE + LEAVE))
         self.engine = engine
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

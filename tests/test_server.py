@@ -420,6 +420,25 @@ def test_a_template_that_refuses_is_400(model, tmp_path, tiny_model):
         assert web.post("/v1/completions", json={"prompt": "the", "max_tokens": 1}).status_code == 200
 
 
+def test_only_pages_that_are_allowed_may_ask_from_a_browser(model):
+    from fastapi.testclient import TestClient
+
+    from pyfirst.server import Engine, create_app
+
+    page, other = "http://localhost:3000", "http://elsewhere.example"
+    for origins in ([], [page]):
+        with TestClient(create_app(Engine(FirstBatch(model, n_parallel=1, n_ctx=CONTEXT)), origins)) as web:
+            for origin in (page, other):
+                allowed = page if origin in origins else None
+                asks = {"access-control-request-method": "POST", "access-control-request-headers": "content-type"}
+                answer = web.options("/v1/completions", headers={"origin": origin, **asks})
+                assert answer.headers.get("access-control-allow-origin") == allowed
+                for body, status in (({"prompt": "the", "max_tokens": 1}, 200), ({"prompt": 1}, 400)):
+                    answer = web.post("/v1/completions", json=body, headers={"origin": origin})
+                    assert answer.status_code == status
+                    assert answer.headers.get("access-control-allow-origin") == allowed
+
+
 def test_a_port_is_taken_before_the_model_is_loaded():
     from pyfirst.cli.serve import _bind
 

@@ -25,6 +25,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("-m", "--model", required=True, metavar="FILE", help="GGUF file; without routers it runs dense")
     add("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     add("--port", type=int, default=8080, metavar="N", help="default: 8080; 0: any that is free")
+    add(
+        "--allow-origin",
+        nargs="+",
+        default=[],
+        metavar="ORIGIN",
+        help="web pages that may ask from a browser (CORS), such as http://localhost:3000 (default: none)",
+    )
     add("--parallel", type=int, default=4, metavar="N", help="sequences at once, each of -c tokens (default: 4)")
     add("--queue", type=int, default=64, metavar="N", help="requests that may wait (default: 64); more get a 503")
     common.add_model_options(parser, fits=True)
@@ -83,7 +90,7 @@ def serve(args: argparse.Namespace) -> None:
     print(f"first-serve: {args.model} on http://{host}:{bound.getsockname()[1]}/v1", file=sys.stderr, flush=True)
     level = "info" if args.verbose else "warning"
     with contextlib.suppress(KeyboardInterrupt):  # the way to end it
-        Server(Engine(batch, args.queue), level).run(sockets=[bound])
+        Server(Engine(batch, args.queue), level, args.allow_origin).run(sockets=[bound])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
