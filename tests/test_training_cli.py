@@ -238,7 +238,7 @@ def test_resuming_with_other_content_of_a_folder_is_refused(folder, data, traine
 
 
 def test_a_template_with_the_date_does_not_end_a_run(folder, data, tmp_path, monkeypatch, capsys):
-    """The same template at another time is the same run, another template is not."""
+    """The same template at another time is the same run, another template or tokenizer is not."""
     model = shutil.copytree(folder, tmp_path / "model")
     path = model / "chat_template.jinja"
     path.write_text("{{ strftime_now('%H:%M:%S.%f') }}" + path.read_text(encoding="utf-8"), encoding="utf-8")
@@ -252,6 +252,14 @@ def test_a_template_with_the_date_does_not_end_a_run(folder, data, tmp_path, mon
     monkeypatch.undo()
     text = path.read_text(encoding="utf-8")
     path.write_text("Hello. " + text, encoding="utf-8")
+    assert main([*argv, "--resume"]) == 2
+    assert "another --model than" in capsys.readouterr().err.splitlines()[-1]
+    path.write_text(text, encoding="utf-8")
+    path = model / "tokenizer.json"
+    text = path.read_text(encoding="utf-8")
+    tokenizer = json.loads(text)
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+    path.write_text(json.dumps(tokenizer), encoding="utf-8")
     assert main([*argv, "--resume"]) == 2
     assert "another --model than" in capsys.readouterr().err.splitlines()[-1]
     path.write_text(text, encoding="utf-8")

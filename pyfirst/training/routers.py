@@ -85,7 +85,9 @@ def per_example(output: dict[str, Any], count: int) -> torch.Tensor:
 
 def find_layers(model: Any) -> nn.ModuleList:
     """The decoder layers: the outermost ModuleList whose length the config names. Raises InputError."""
-    count = model.config.get_text_config().num_hidden_layers
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if count is None:
+        raise InputError(f"{type(model).__name__}: its config does not say num_hidden_layers, how many layers it has")
     found = [
         (name.count("."), name, module)
         for name, module in model.named_modules()
@@ -101,7 +103,7 @@ def find_layers(model: Any) -> nn.ModuleList:
 
 
 def check_layers(model: Any) -> None:
-    """Raise InputError for a transformers model whose layers need one another, so that none can be left out."""
+    """Raise InputError where layers are not found, or need one another, so that none can be left out."""
     who, text = type(model).__name__, model.config.get_text_config()
     kinds = {kind for key in ("layer_types", "layers_block_type") for kind in getattr(text, key, None) or ()}
     if kinds & RECURRENT or model._is_stateful:
@@ -112,6 +114,7 @@ def check_layers(model: Any) -> None:
         raise InputError(f"{who}: has layers that reuse what others found (keys, values, indices); none can be skipped")
     if not {"cache", "past_key_values"} & set(inspect.signature(model.forward).parameters):
         raise InputError(f"{who}: takes no cache of keys and values, without which layers cannot be skipped")
+    find_layers(model)
 
 
 class RoutedCache(DynamicCache):

@@ -104,12 +104,14 @@ def load_model(name: str, bf16: bool, lora: bool = False) -> tuple[Any, Any]:
         dtype = torch.bfloat16 if bf16 else torch.float32
         # What does not fit would get random weights, so it is asked for.
         how: dict[str, Any] = {"dtype": dtype, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        if lora:  # others in a hub repository would only be refused once trained
+            how["use_safetensors"] = True
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, **how)
     except InputError:
         raise
     except Exception as error:  # config and weights fail in their own ways
-        what = f"{type(error).__name__}: {error}"
-        raise InputError(f"{name}: cannot be loaded as a causal language model ({what})") from error
+        wanted = "a causal language model" + (" of safetensors files, which take a LoRA" if lora else "")
+        raise InputError(f"{name}: cannot be loaded as {wanted} ({type(error).__name__}: {error})") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # so does a tokenizer
@@ -267,6 +269,7 @@ def _train(args: argparse.Namespace, out: Path) -> Path:
     if first_process:
         described = {**base.config.to_dict(), "_name_or_path": "", "transformers_version": ""}
         described["chat_template"] = tokenizer.chat_template
+        described["tokenizer"] = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
         content["model"] = checkpoints.digest(described, base.state_dict())
     transformers.set_seed(args.seed)
     text_config = base.config.get_text_config()
