@@ -101,12 +101,26 @@ def test_stored_recipe_decides_as_measured(folder, trained, data):
     base = PeftModel.from_pretrained(tiny.load(folder), trained)
     model = FirstModel(base, routers, config.threshold, config.prefill, protected=config.protected)
     examples, _ = load_examples(read_rows(str(data)), AutoTokenizer.from_pretrained(folder), 512)
-    results = report.measure(model, hold_back(examples, 6, 1)[1], 4)
+    held = hold_back(examples, 6, 1)[1]
+    results = report.measure(model, held, 4)
     stored = config.training["held_back"]
     assert results["skipped"] == stored["skipped"]
     assert results["modal_masks"] == stored["modal_masks"]
     for name in ("base", "dense_lora", "routed"):
         assert abs(results[name] - stored[name]) < 2e-4
+    plain = PeftModel.from_pretrained(tiny.load(folder), trained)
+
+    def loss(example):
+        """Of the plain model, by PEFT and torch."""
+        ids = torch.tensor([[*example.prompt, *example.response]])
+        logits = plain(input_ids=ids).logits[0, len(example.prompt) - 1 : -1]
+        return float(torch.nn.functional.cross_entropy(logits, torch.tensor(example.response)))
+
+    with torch.no_grad():
+        with plain.disable_adapter():
+            assert abs(np.mean([loss(e) for e in held]) - stored["base"]) < 2e-4
+        assert abs(np.mean([loss(e) for e in held]) - stored["dense_lora"]) < 2e-4
+    assert stored["base"] - stored["dense_lora"] > 0.01 and abs(stored["dense_lora"] - stored["routed"]) > 1e-3
 
 
 def test_a_prompt_does_not_help_to_guess_its_own_task(monkeypatch):
@@ -313,7 +327,24 @@ def test_routers_alone_then_lora_on_frozen_routers(folder, data, tmp_path, capsy
 def test_gates_learn_with_the_lora(folder, data, tmp_path, monkeypatch):
     argv = ("--objective", "gates", "--save-steps", "1")
     monkeypatch.setattr(phases, "collapse", lambda *_: ["collapsed"])
+    seen = {}
+    on_step_end = phases.Watch.on_step_end
+
+    def watched(self, *args, **kwargs):
+        on_step_end(self, *args, **kwargs)
+        first = self.trainer.first
+        learning = {name for name, parameter in first.named_parameters() if parameter.requires_grad}
+        found = learning, first.routers.weight.detach().clone(), float(first.threshold)
+        seen.setdefault(self.trainer.phase.name, []).append(found)
+
+    monkeypatch.setattr(phases.Watch, "on_step_end", watched)
     assert main(arguments(folder, data, tmp_path / "whole", *argv)) == 0
+    for name, routers in (("warm-up", set()), ("joint", {"routers.weight", "routers.bias"}), ("lora", set())):
+        learning = seen[name][0][0]
+        assert routers <= learning and any("lora_" in other for other in learning - routers)
+        assert all("lora_" in other for other in learning - routers)
+    (_, before, start), *_, (_, after, end) = seen["joint"]
+    assert (after - before)[1:3].abs().amax(1).min() > 0 and start != end
     config = load_recipe(tmp_path / "whole").config
     assert [p["name"] for p in config.training["phases"]] == ["warm-up", "joint", "lora"]
     assert abs(config.training["held_back"]["skipped"] - 0.25) < 0.15
@@ -564,6 +595,15 @@ def test_the_share_that_a_recipe_names_is_a_share(folder, data, tmp_path, capsys
     assert words in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_one_mask_for_all_tasks_is_told(folder, data, tmp_path, monkeypatch):
+    measure = report.measure
+    monkeypatch.setattr(report, "measure", lambda *args: {**measure(*args), "masks": 1})
+    assert main(arguments(folder, data, tmp_path / "out", "--phase", "routers")) == 0
+    told = [w for w in load_recipe(tmp_path / "out").config.training["warnings"] if "collapsed" in w]
+    assert told == ["routing collapsed: every held-back prompt got the same mask"]
+    assert f"Warning: {told[0]}." in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
 def test_one_mask_is_no_collapse_where_no_other_is_possible(folder, data, tmp_path):
     more = ("--phase", "routers", "--protect", "none", "--target-skip", "0.75")
     assert main(arguments(folder, data, tmp_path / "out", *more)) == 0
@@ -604,7 +644,7 @@ def test_a_router_of_experts_gets_no_lora(tmp_path):
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_distillation_follows_a_teacher_that_stays_what_it_was(named, folder, data, trained, tmp_path, monkeypatch):
+def test_distillation_follows_a_teacher_that_stays_what_it_was(named, folder, data, tmp_path, monkeypatch):
     """Its logits are those of its own adapter with all layers, through PEFT, whatever has been trained meanwhile."""
     from peft import PeftModel
 
@@ -641,8 +681,9 @@ def test_distillation_follows_a_teacher_that_stays_what_it_was(named, folder, da
     assert main(arguments(folder, data, tmp_path / "out", "--distill", "0.5", *more)) == 0
     assert len(worst) == 8
     assert max(worst) < 1e-4
+    assert main(arguments(folder, data, tmp_path / "alone")) == 0
     name = "adapter_model.safetensors"
-    assert (tmp_path / "out" / name).read_bytes() != (trained / name).read_bytes()
+    assert (tmp_path / "out" / name).read_bytes() != (tmp_path / "alone" / name).read_bytes()
 
 
 @pytest.mark.parametrize("share", ["0", "0.5"])
@@ -752,6 +793,10 @@ def test_two_processes_write_one_recipe(folder, data, tmp_path):
     training = load_recipe(tmp_path / "out").config.training
     assert training["steps"] == 4  # of 2 processes x 4 x 2 examples, from 68
     assert training["drawn"] == 4 * 16
+    assert main(arguments(folder, data, tmp_path / "one", "--steps", "4", "--batch-size", "8")) == 0
+    for name in ("adapter_model.safetensors", "first_routers.safetensors"):
+        both, one = (load_file(tmp_path / out / name) for out in ("out", "one"))
+        assert max(float((both[key].float() - one[key].float()).abs().max()) for key in one) < 5e-4
 
 
 @pytest.mark.parametrize(
