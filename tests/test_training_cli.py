@@ -727,17 +727,19 @@ def test_a_data_set_by_name(monkeypatch):
         column_names = ("prompt", "response", "other")
 
     fake = types.ModuleType("datasets")
-    fake.load_dataset = lambda name, split: Table([{"prompt": name, "response": split, "other": 1}])
+    fake.load_dataset = lambda name, kind, split: Table([{"prompt": f"{name} {kind}", "response": split, "other": 1}])
     monkeypatch.setitem(sys.modules, "datasets", fake)
-    assert read_rows("me/mine:dev") == [Example("mine", "me/mine", ["dev"], "me/mine:dev: row 0", named=False)]
+    assert read_rows("me/mine:dev") == [Example("mine", "me/mine None", ["dev"], "me/mine:dev: row 0", named=False)]
+    found = read_rows("me/mine/its:dev")[0]
+    assert (found.task, found.prompt, found.references) == ("mine/its", "me/mine its", ["dev"])
     assert read_rows("me/mine:train[:10%]")[0].references == ["train[:10%]"]
-    fake.load_dataset = lambda name, split: Table([{"prompt": name, "response": None}])
+    fake.load_dataset = lambda *_, split: Table([{"prompt": "x", "response": None}])
     with pytest.raises(InputError, match="row 0: expected 'references'"):
         read_rows("me/mine")
-    fake.load_dataset = lambda name, split: Table([{"prompt": "half \ud83d", "response": "a", "task": "two\nlines"}])
+    fake.load_dataset = lambda *_, split: Table([{"prompt": "half \ud83d", "response": "a", "task": "two\nlines"}])
     with pytest.raises(InputError, match="row 0: half of a UTF-16 pair"):
         read_rows("me/mine")
-    fake.load_dataset = lambda name, split: Table([{"prompt": "b", "response": "a", "task": "two\nlines"}])
+    fake.load_dataset = lambda *_, split: Table([{"prompt": "b", "response": "a", "task": "two\nlines"}])
     assert read_rows("me/mine")[0].task == "two lines"
     Table.column_names = ("prompt", "text")
     with pytest.raises(InputError, match="no column 'response'"):

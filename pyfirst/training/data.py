@@ -41,25 +41,26 @@ class Example:
 
 
 def read_rows(name: str) -> list[tasks.Example]:
-    """Examples of a task file, or of a data set's split, ``owner/name[:split]``, with the same columns.
+    """Examples of a task file, or of a data set's split, ``owner/name[/configuration][:split]``, with the same columns.
 
     Raises InputError naming the line or row.
     """
-    if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:.+)?", name) or name.endswith(".jsonl"):
+    named = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:/([\w.-]+))?(?::(.+))?", name)
+    if Path(name).exists() or not named or name.endswith(".jsonl"):
         return tasks.read_examples(name)
     try:
         from datasets import load_dataset
     except ImportError:
         raise InputError(f"{name}: no such file; for data sets by name, pip install datasets") from None
-    dataset, _, split = name.partition(":")
+    dataset, configuration, split = named.groups()
     try:
-        table = load_dataset(dataset, split=split or "train")
+        table = load_dataset(dataset, configuration, split=split or "train")
         missing = {"prompt", "response"} - set(table.column_names)
     except Exception as error:  # network, name, split and format all fail in their own ways
         raise InputError(f"{name}: cannot be loaded as a data set ({error})") from error
     if missing:
         raise InputError(f"{name}: no column '{min(missing)}', found {', '.join(table.column_names)}")
-    task = dataset.split("/")[1]
+    task = name.partition("/")[2].partition(":")[0]
     return [tasks.example(row, f"{name}: row {number}", task) for number, row in enumerate(table)]
 
 

@@ -35,7 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("-m", "--model", required=True, metavar="DIR", help="Hugging Face model directory (or hub name)")
-    data_help = 'JSON lines {"prompt", "response"[, "task"]}, or owner/name[:split] of the datasets library'
+    data_help = (
+        'JSON lines {"prompt", "response"[, "task"]}, or owner/name[/configuration][:split] of the datasets library'
+    )
     add("--data", required=True, nargs="+", metavar="FILE", help=data_help)
     add("--out", required=True, metavar="DIR", help="recipe directory to write")
     add("--force", action="store_true", help="replace the recipe in --out")
