@@ -91,6 +91,10 @@ _RANGES = {
 }
 
 
+class _Interrupted(Exception):
+    """A prompt was given up while it was computed."""
+
+
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
     """Ctrl-C waits for the end of the block: half a step is nothing that a sequence could go on from."""
@@ -254,6 +258,9 @@ class FirstBatch:
             native.set_prefill(self._ctx.ctx, metadata.PREFILL_MODES.index(self.prefill))
         ]
 
+        self._abort = native.AbortFlag(self._ctx.ctx)
+        self._abort_lock = threading.Lock()
+        self._alone: int | None = None  # the request whose prompt is being computed, by itself
         self.step_seconds: float | None = None
         self._tokens_per_second = 0.0  # of the latest step that read prompts
         self._lock = threading.RLock()
@@ -381,8 +388,15 @@ class FirstBatch:
             self._waiting.append((handle, request))
         return handle
 
+    def interrupt(self, handle: int) -> None:
+        """End what is computed of a request's prompt, without waiting for it; cancel() must follow."""
+        with self._abort_lock:
+            if handle == self._alone:
+                self._abort.on = True
+
     def cancel(self, handle: int) -> None:
         """Forget a request; its sequence is free for the next one. Unknown handles are ignored."""
+        self.interrupt(handle)
         with self._lock:
             self._waiting = deque((h, r) for h, r in self._waiting if h != handle)
             for seq, slot in enumerate(self._slots):
@@ -559,10 +573,14 @@ class FirstBatch:
             self._fill()
             parts = self._parts()
             start = time.perf_counter()
+            n = 0
             for part in parts:
-                for update in self._compute(part):
-                    self._mail.get(update.request, self._unclaimed).append(update)
-            n = sum(sum(part.values()) for part in parts)
+                try:
+                    for update in self._compute(part):
+                        self._mail.get(update.request, self._unclaimed).append(update)
+                    n += sum(part.values())
+                except _Interrupted:
+                    self._release(*part)
             if n > self.n_parallel:  # mostly prompts
                 self._tokens_per_second = n / (time.perf_counter() - start)
 
@@ -617,7 +635,8 @@ class FirstBatch:
                 n += 1
             rows[seq] = n - 1
         self._batch.n_tokens = n
-        self._decode()
+        with self._interruptible(part):
+            self._decode()
         for seq, row in rows.items():
             slot = self._slots[seq]
             assert slot is not None
@@ -636,8 +655,22 @@ class FirstBatch:
 
     def _decode(self) -> None:
         status = llama_cpp.llama_decode(self._ctx.ctx, self._batch)
+        if status == native.ABORTED:
+            raise _Interrupted
         if status:
             raise RuntimeError(f"llama_decode returned {status}")
+
+    @contextmanager
+    def _interruptible(self, part: dict[int, int]) -> Iterator[None]:
+        """Inside the block interrupt() ends what is computed, where it is the prompt of one request alone."""
+        slots = [slot for seq in part if (slot := self._slots[seq]) is not None]
+        with self._abort_lock:
+            self._alone = slots[0].handle if len(slots) == 1 and slots[0].reading else None
+        try:
+            yield
+        finally:
+            with self._abort_lock:
+                self._alone, self._abort.on = None, False
 
     def _accept(self, seq: int, slot: _Slot, token: int, row: int) -> Update:
         """Take a token sampled from a row of the batch; free the sequence if it was the last."""

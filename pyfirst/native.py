@@ -25,6 +25,7 @@ from pyfirst.errors import InputError, check_file
 API_VERSION = 1
 BINDINGS_VERSION = "0.3.36"
 _LOG_LEVEL_ERROR = 4
+ABORTED = 2  # what llama_decode() returns then
 
 _STATUS = {
     -1: "the model has no routers",
@@ -151,6 +152,27 @@ def explained(model_path: str) -> Iterator[list[str]]:
         except ValueError as error:
             reason = reasons[0].partition(": ")[2] if reasons else str(error)
             raise InputError(f"{model_path}: {reason}") from error
+
+
+class AbortFlag:
+    """Ends the llama_decode() at work in a context, from another thread: it returns ``ABORTED`` and is undone."""
+
+    def __init__(self, ctx: int) -> None:
+        import llama_cpp
+
+        self._text = ctypes.create_string_buffer(2)
+        # llama.cpp asks before every node of the graph: strlen, which needs no Python, is true for a text.
+        self._ask = ctypes.cast(ctypes.CDLL(None).strlen, llama_cpp.ggml_abort_callback)
+        llama_cpp.llama_set_abort_callback(ctx, self._ask, ctypes.cast(self._text, ctypes.c_void_p))
+
+    @property
+    def on(self) -> bool:
+        """Whether what runs is to end."""
+        return bool(self._text.value)
+
+    @on.setter
+    def on(self, value: bool) -> None:
+        self._text.value = b"x" if value else b""
 
 
 class Closed:

@@ -192,6 +192,7 @@ class Engine:
     def cancel(self, job: _Job) -> None:
         """Free the sequence of a request that nobody waits for; harmless when it has ended."""
         job.cancelled = True
+        self.batch.interrupt(job.handle)
         self.inbox.put(("cancel", job))
 
     def close(self) -> None:

@@ -100,6 +100,43 @@ def test_a_prompt_is_read_to_the_last_bit_as_alone(prefill, n_batch, files):
 
 
 @pytest.mark.parametrize("prefill", ["full", "skip"])
+def test_a_prompt_that_is_given_up_ends_in_its_middle(prefill, files, monkeypatch):
+    """Its place is free at once, and what others said and what is asked next is as ever."""
+    path = files[prefill][2]
+    prompts = [tiny.prompt(n, n) for n in (9, 90, 91)]
+    alone = [solo(path, prompt, 20)[0] for prompt in prompts]
+    with FirstBatch(path, n_parallel=2, n_ctx=128, **F32) as batch:
+        talking = batch.submit(Request(prompts[0], max_tokens=20, temperature=0.0))
+        said = "".join(update.text for update in batch.step())
+        decode, statuses = FirstBatch._decode, []
+
+        def interrupted(self):
+            batch.interrupt(handle)
+            try:
+                decode(self)
+                statuses.append("done")
+            except Exception as error:
+                statuses.append(type(error).__name__)
+                raise
+
+        handle = batch.submit(Request(prompts[1], max_tokens=20, temperature=0.0))
+        monkeypatch.setattr(FirstBatch, "_decode", interrupted)
+        said += "".join(update.text for update in batch.step())
+        monkeypatch.undo()
+        assert statuses == ["done", "_Interrupted"] and batch.n_active == 1 and batch.routing(handle) is None
+        batch.cancel(handle)
+        for prompt, expected in zip(prompts[1:], alone[1:], strict=True):
+            batch.submit(Request(prompt, max_tokens=20, temperature=0.0))
+            found = {}
+            while batch.n_active or batch.n_waiting:
+                for update in batch.step():
+                    found[update.request] = found.get(update.request, "") + update.text
+            said += found.pop(talking, "")
+            assert list(found.values()) == [expected]
+        assert said == alone[0]
+
+
+@pytest.mark.parametrize("prefill", ["full", "skip"])
 def test_first_come_first_read(prefill, files):
     """While short answers follow each other as fast as places get free."""
     with FirstBatch(files[prefill][2], n_parallel=4, n_batch=64) as batch:

@@ -457,7 +457,9 @@ def slowed(model, monkeypatch, seconds_per_token: float):
     decode = FirstBatch._decode
 
     def slow(self):
-        time.sleep(seconds_per_token * self._batch.n_tokens)
+        end = time.monotonic() + seconds_per_token * self._batch.n_tokens
+        while time.monotonic() < end and not self._abort.on:
+            time.sleep(min(seconds_per_token, 0.01))
         decode(self)
 
     monkeypatch.setattr(FirstBatch, "_decode", slow)
@@ -474,9 +476,9 @@ def slowed(model, monkeypatch, seconds_per_token: float):
         thread.join(30)
 
 
-@pytest.mark.parametrize("what", ["stream", "whole", "four choices", "list", "prompt"])
-def test_hung_up_clients_free_their_sequences_within_a_second(what, model, monkeypatch):
-    """Answers that would go on for a long time, and a prompt that takes ten seconds to read."""
+@pytest.mark.parametrize("what", ["stream", "whole", "four choices", "list", "prompt", "prompt that decides"])
+def test_hung_up_clients_free_their_sequences_within_a_second(what, files, monkeypatch):
+    """Answers that would go on for a long time, and a prompt that takes ten seconds to read, in "skip" at once."""
     body, n = {**LONG, "stream": True}, 1
     if what == "whole":
         body["stream"] = False
@@ -484,9 +486,9 @@ def test_hung_up_clients_free_their_sequences_within_a_second(what, model, monke
         body["n"] = n = 4
     elif what == "list":
         body["prompt"], n = ["a", "b", "c"], 3
-    elif what == "prompt":
+    elif "prompt" in what:
         body["prompt"] = tiny.prompt(500)
-    with slowed(model, monkeypatch, 0.02) as (url, batch):
+    with slowed(files["skip" if what == "prompt that decides" else "full"][2], monkeypatch, 0.02) as (url, batch):
         for _ in range(3):
             with httpx.Client() as http, contextlib.suppress(httpx.TimeoutException):
                 request = http.build_request("POST", f"{url}/v1/completions", json=body, timeout=0.5)
