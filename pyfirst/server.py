@@ -363,7 +363,7 @@ def create_app(engine: Engine, origins: Sequence[str] = ()) -> FastAPI:
         template, template_error = None, str(error)
 
     def error_body(status: int, message: str) -> JSONResponse:
-        kind = "invalid_request_error" if status < 500 else "server_error"
+        kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
         shown = message[:1000].encode("utf-8", "replace").decode()  # it may repeat half a surrogate pair
         return JSONResponse({"error": {"message": shown, "type": kind, "param": None, "code": None}}, status)
 
@@ -411,7 +411,7 @@ def create_app(engine: Engine, origins: Sequence[str] = ()) -> FastAPI:
             requests.append(Request(tokens, max_tokens=max_tokens, logprobs=logprobs, **options))
             batch.check(requests[-1])
         if engine.n_waiting + count > engine.max_waiting:
-            raise HTTPException(503, f"{engine.n_waiting} requests are waiting already; try again later")
+            raise HTTPException(429, f"{engine.n_waiting} requests are waiting already; try again later")
         seeds = [None if body.seed is None else (body.seed + i) % (2**32 - 1) for i in range(body.n)]
         return engine.submit([replace(request, seed=seed) for request in requests for seed in seeds])
 

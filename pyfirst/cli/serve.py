@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="web pages that may ask from a browser (CORS), such as http://localhost:3000 (default: none)",
     )
     add("--parallel", type=int, default=4, metavar="N", help="sequences at once, each of -c tokens (default: 4)")
-    add("--queue", type=int, default=64, metavar="N", help="requests that may wait (default: 64); more get a 503")
+    add("--queue", type=int, default=64, metavar="N", help="requests that may wait (default: 64); more get a 429")
     common.add_model_options(parser, fits=True)
     add("--dense", action="store_true", help="run all layers unless a request says otherwise")
     add("--skip", metavar="SHARE", help="skip this share of the layers on average, such as 20%% or 0.2")
