@@ -26,7 +26,6 @@ def run(*command: object, **env: str) -> tuple[str, str]:
 
 
 def test_langchain(model):
-    pytest.importorskip("langchain_community", reason="langchain-community is not installed")
     out = run(sys.executable, "-W", "ignore", EXAMPLES / "langchain_chat.py", model, *QUESTIONS)[0]
     llm = FirstLlama(model, n_ctx=1024)
     expected = ""
