@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pyfirst.cli.bench_files import SHAPES, synthetic
+from pyfirst.cli.bench_files import KINDS, SHAPES, synthetic
 
 import pyfirst.native  # noqa: F401  isort: skip  before anything imports llama_cpp
 import llama_cpp  # isort: skip
@@ -111,9 +111,9 @@ def measure(path: Path, n_seq: int, args: argparse.Namespace, n_layer: int) -> d
 
 
 @contextlib.contextmanager
-def model_file(name: str) -> Iterator[Path]:
+def model_file(name: str, kind: str) -> Iterator[Path]:
     if name in SHAPES:
-        with synthetic(name) as path:
+        with synthetic(name, kind) as path:
             yield path
     else:
         yield Path(name)
@@ -122,6 +122,7 @@ def model_file(name: str) -> Iterator[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help=f"GGUF file, or one of {', '.join(SHAPES)}")
+    parser.add_argument("--type", choices=KINDS, default="q4_0", help="of random weights (default %(default)s)")
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--share", type=float, default=0.25, help="of the layers left out (default %(default)s)")
     parser.add_argument("--prompt", type=int, default=64, help="tokens in each sequence (default %(default)s)")
@@ -135,7 +136,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures there")
     args = parser.parse_args()
     rows = []
-    with model_file(args.model) as path:
+    with model_file(args.model, args.type) as path:
         header = NativeModel(path, n_ctx=32)
         n_layer = header.n_layer
         header.close()

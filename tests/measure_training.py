@@ -10,6 +10,7 @@ import argparse
 import json
 import random
 import resource
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -31,8 +32,16 @@ F32 = 0  # GGML_TYPE_F32
 WORDS = "river stone winter glass market yellow garden simple bridge number letter window silver paper"
 
 
-def parity(model_dir: str, recipe_dir: str, data: list[str], count: int, new: int) -> dict[str, float]:
-    """Masks and greedy tokens of ``count`` prompts, torch's ``generate`` against the GGUF, all in float32."""
+def parity(
+    model_dir: str, recipe_dir: Path, data: list[str], count: int, new: int, prefill: str | None
+) -> dict[str, float]:
+    """Masks and greedy tokens of ``count`` prompts, torch's ``generate`` against the GGUF, all in float32.
+
+    ``recipe_dir`` is ours: a ``prefill`` is written into it.
+    """
+    if prefill:
+        path = recipe_dir / "first_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), "prefill": prefill}), encoding="utf-8")
     recipe = load_recipe(recipe_dir)
     config = recipe.config
     routers = Routers.from_recipe(recipe)
@@ -104,11 +113,14 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=[], metavar="FILE")
     parser.add_argument("--count", type=int, default=50)
     parser.add_argument("--new", type=int, default=24)
+    parser.add_argument("--prefill", choices=("full", "skip"), help="other than the recipe's")
     parser.add_argument("--examples", type=int, default=120)
     parser.add_argument("--length", type=int, default=300)
     args = parser.parse_args()
     if args.what == "parity":
-        print(json.dumps(parity(args.model, args.recipe, args.data, args.count, args.new)))
+        with tempfile.TemporaryDirectory() as folder:
+            recipe = shutil.copytree(args.recipe, Path(folder) / "recipe")
+            print(json.dumps(parity(args.model, recipe, args.data, args.count, args.new, args.prefill)))
     else:
         print(json.dumps(speed(args.model, args.examples, args.length)))
 

@@ -595,6 +595,15 @@ def test_the_share_that_a_recipe_names_is_a_share(folder, data, tmp_path, capsys
     assert words in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_on_one_task_the_search_is_the_best_single_mask(folder, data, tmp_path):
+    path = tmp_path / "one.jsonl"
+    path.write_text("".join(line for line in data.read_text("utf-8").splitlines(True) if "math" in line), "utf-8")
+    for name, more in (("search", ()), ("loo", ("--static", "loo"))):
+        assert main(arguments(folder, path, tmp_path / name, *more)) == 0
+    for file in ("first_routers.safetensors", "adapter_model.safetensors"):
+        assert (tmp_path / "search" / file).read_bytes() == (tmp_path / "loo" / file).read_bytes()
+
+
 def test_one_mask_for_all_tasks_is_told(folder, data, tmp_path, monkeypatch):
     measure = report.measure
     monkeypatch.setattr(report, "measure", lambda *args: {**measure(*args), "masks": 1})
