@@ -135,9 +135,9 @@ class FirstBatch:
     """Answers many prompts together; each is routed, or forced, on its own.
 
     Memory beside the model is bounded, and claimed at once: n_parallel * n_ctx cells of keys and values (n_ctx rounded
-    up to a multiple of 256), each of n_layer * (key width + value width) * 2 bytes in f16, skipped layers included; and
-    the logits, n_parallel * vocabulary * 4 bytes. What the prompts of finished sequences left there serves the next
-    prompts that begin alike.
+    up to a multiple of 256), each of n_layer * (key width + value width) * 2 bytes in f16, skipped layers included; the
+    logits, n_parallel * vocabulary * 4 bytes; and what a step of n_batch tokens computes, mostly n_batch * vocabulary *
+    4 bytes. What the prompts of finished sequences left there serves the next prompts that begin alike.
 
     May be used from several threads; their requests share the batch. With Q4_0 weights and without kv_unified an answer
     at temperature 0 is that of its prompt alone, to the last bit of its log-probabilities; with other types last bits

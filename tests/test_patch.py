@@ -414,6 +414,14 @@ def test_a_batch_pays_for_the_sum_of_the_layers_kept(arch, kv_unified, tiny_mode
 
 
 @pytest.mark.parametrize("kv_unified", [False, True])
+def test_rows_are_only_gathered_where_that_saves_time(kv_unified, tiny_model):
+    """Kernels take seven rows as long as eight."""
+    every = [[s != 0, s > 1, s > 3, s != 0] for s in range(8)]
+    found = rows_computed(tiny_model("llama")[1], np.array(every), kv_unified=kv_unified)
+    assert found == {0: 8, 1: 6, 2: 4, 3: 8}
+
+
+@pytest.mark.parametrize("kv_unified", [False, True])
 def test_graphs_are_reused_while_the_membership_stays(kv_unified, tiny_model):
     every = masks(4)
     with opened(tiny_model("llama")[1], n_seq=5, kv_unified=kv_unified) as model:
