@@ -26,8 +26,8 @@ MASKS = [[1, 0, 1, 1], [1, 1, 0, 1], [1, 0, 1, 1], None]
 
 def solo(path, prompt: list[int], n: int, mask=None, **kwargs) -> tuple[str, dict]:
     """Text and "first" entry of one prompt on an object of its own."""
-    with FirstBatch(path, n_parallel=1, **F32) as batch:
-        result = batch.generate([prompt], max_tokens=n, masks=[mask], temperature=0.0, **kwargs)[0]
+    with FirstBatch(path, n_parallel=1, **F32, **kwargs) as batch:
+        result = batch.generate([prompt], max_tokens=n, masks=[mask], temperature=0.0)[0]
     return result["choices"][0]["text"], result["first"]
 
 
@@ -35,17 +35,25 @@ def texts(results) -> list[str]:
     return [result["choices"][0]["text"] for result in results]
 
 
+SETTINGS = [{}, {"threshold": 0.4}, {"skip": 0.2}, {"prefill": "full"}, {"prefill": "skip"}]
+SETTINGS += [{"routing": False, "prefill": "full"}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("prefill", ["full", "skip"])
-def test_a_solo_run_equals_first_llama(prefill, files):
+def test_a_solo_run_equals_first_llama(prefill, settings, files):
     _, _, path = files[prefill]
-    llm = FirstLlama(path, n_ctx=256, **F32)
+    llm = FirstLlama(path, n_ctx=256, n_threads=1, **F32, **settings)
+    changed = False
     for seed in range(4):
         prompt = tiny.prompt(12 + seed, seed)
-        found = solo(path, prompt, 12)
+        found = solo(path, prompt, 12, n_threads=1, **settings)
+        changed |= found != solo(path, prompt, 12, n_threads=1)
         tokens = list(itertools.islice(llm.generate(prompt, temp=0.0), 12))
         eos = next((i for i, t in enumerate(tokens) if t == llm.token_eos()), len(tokens))
         assert found[0] == llm.detokenize(tokens[:eos]).decode("utf-8", "ignore")
         assert llm.routing is not None and found[1] == llm.routing.report()
+    assert changed == (settings not in ({}, {"prefill": prefill}))
 
 
 @pytest.mark.parametrize("kv_unified", [False, True])
@@ -154,6 +162,17 @@ def test_first_come_first_read(prefill, files):
     assert order == sorted(order) and said == min(steps, 59)
 
 
+def test_a_place_is_taken_as_soon_as_it_is_left(files):
+    """Five answers pass through one of two places while a long one holds the other."""
+    with FirstBatch(files["full"][2], n_parallel=2, n_threads=1, **F32) as batch:
+        long = batch.submit(Request(tiny.prompt(8, 1), max_tokens=60, temperature=1.0, seed=6))
+        short = [batch.submit(Request(tiny.prompt(8, 2 + i), max_tokens=1)) for i in range(5)]
+        ended = []
+        while batch.n_active or batch.n_waiting:
+            ended += [(update.request, update.n_generated) for update in batch.step() if update.finish_reason]
+    assert ended == [*((handle, 1) for handle in short), (long, 60)]
+
+
 @pytest.fixture
 def computed(monkeypatch):
     """Counts the tokens that batches compute."""
@@ -166,6 +185,15 @@ def computed(monkeypatch):
 
     monkeypatch.setattr(FirstBatch, "_decode", count)
     return counts
+
+
+def test_all_that_decode_share_one_call_of_llama(files, computed):
+    with FirstBatch(files["full"][2], n_parallel=4, n_threads=1, **F32) as batch:
+        for seed in range(4):
+            batch.submit(Request(tiny.prompt(8, seed), max_tokens=12, temperature=0.0))
+        while batch.n_active or batch.n_waiting:
+            batch.step()
+    assert computed == [8] * 4 + [4] * 11
 
 
 def answers(results) -> list[tuple[str, dict]]:
@@ -559,11 +587,11 @@ def test_tokenizing_does_not_wait_for_a_step(files):
         assert pool.submit(batch.tokenize, "the").result(30) == batch.tokenize("the")
 
 
-def test_context_end_is_length(files):
+def test_what_does_not_end_by_itself_fills_the_context(files):
     with FirstBatch(files["full"][2], n_ctx=32, n_parallel=2, **F32) as batch:
-        results = batch.generate([tiny.prompt(31, 1), tiny.prompt(20, 2)], max_tokens=500, temperature=0.0)
-        assert {r["choices"][0]["finish_reason"] for r in results} <= {"length", "stop"}
-        assert all(r["usage"]["total_tokens"] <= 33 for r in results)
+        results = batch.generate([tiny.prompt(n, n) for n in (31, 30, 20, 1)], max_tokens=500, temperature=0.0)
+        assert [r["choices"][0]["finish_reason"] for r in results] == ["length"] * 4
+        assert [r["usage"]["total_tokens"] for r in results] == [32] * 4
 
 
 WRONG = [
