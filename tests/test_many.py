@@ -81,6 +81,30 @@ def test_options_of_a_line_are_for_that_line_alone(model, tmp_path, capfd):
     assert found[1]["text"] == run(model, "the quick", n_predict=8, temp=0, skip_layers=[1])["text"]
 
 
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        ("--dense", {"dense": True}),
+        ("--skip 0%", {"skip": 0.0}),
+        ("--skip 0.8", {"skip": 0.8}),
+        ("--threshold 0.1", {"threshold": 0.1}),
+        ("--skip-layers 1,2", {"skip_layers": [1, 2]}),
+        ("--prefill skip", {"prefill": "skip"}),
+    ],
+)
+def test_an_option_decides_for_all_lines_as_it_does_alone(options, settings, model, tmp_path, capfd):
+    file = write(tmp_path / "p.jsonl", PROMPTS[:3])
+    command = ["-m", model, "-f", str(file), "--parallel", "2", "--json", "-n", "6", "--temp", "0"]
+    assert main(command) == main([*command, *options.split()]) == 0
+    rows = answers(capfd.readouterr()[0])
+    for prompt, usual, row in zip(PROMPTS, rows[:3], rows[3:], strict=False):
+        alone = run(model, prompt, n_predict=6, temp=0, **settings)
+        assert row["text"] == alone["text"]
+        for name in ("kept", "skipped", "prefill"):
+            assert row["first"][name] == alone["first"][name]
+        assert row["first"] != usual["first"]
+
+
 def test_lines_that_cannot_be_answered_do_not_stop_the_others(model, tmp_path, capfd):
     bad = [
         "the quick " * 300,

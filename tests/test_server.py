@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -227,13 +228,51 @@ def test_the_first_field_decides_layers(client, model):
         )
         return answer.choices[0].text, answer.model_extra["first"]
 
+    assert 0 < first()[1]["kept"] < 4
     assert first(dense=True)[1]["kept"] == 4
     assert first(threshold=1.0)[1]["kept"] == 0
     assert first(threshold=0.0)[1]["kept"] == 4
     forced = first(mask=[True, False, True, True])
     truth = alone(model, ["the quick"], 4, masks=[[1, 0, 1, 1]])[0]
     assert forced == (truth["choices"][0]["text"], truth["first"])
-    assert first(skip=0.0)[1]["kept"] >= first(skip=0.8)[1]["kept"]
+    assert (first(skip=0.0)[1]["kept"], first(skip=0.8)[1]["kept"]) == (4, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        ("--dense", {"routing": False}),
+        ("--skip 0%", {"skip": 0.0}),
+        ("--skip 0.8", {"skip": 0.8}),
+        ("--threshold 0.1", {"threshold": 0.1}),
+        ("--prefill skip", {"prefill": "skip"}),
+    ],
+)
+def test_options_of_first_serve_decide_what_requests_leave_open(options, settings, model, monkeypatch):
+    """By what a server in this process answers, without the network."""
+    from fastapi.testclient import TestClient
+
+    from pyfirst.cli import serve
+    from pyfirst.server import create_app
+
+    found = []
+
+    class Local:
+        def __init__(self, engine, level, origins):
+            self.engine = engine
+
+        def run(self, sockets):
+            batch = self.engine.batch
+            assert (batch.n_parallel, batch.n_ctx, batch.n_threads, self.engine.max_waiting) == (3, 96, 1, 5)
+            with TestClient(create_app(self.engine)) as web:
+                found.append(web.post("/v1/completions", json={"prompt": "the quick", "temperature": 0}).json())
+
+    monkeypatch.setattr("pyfirst.server.Server", Local)
+    command = ["-m", str(model), "--port", "0", "--parallel", "3", "-c", "96", "-t", "1", "--queue", "5"]
+    assert serve.main(command) == serve.main([*command, *options.split()]) == 0
+    truth = FirstLlama(model, n_ctx=96, n_threads=1, **settings).create_completion("the quick", temperature=0)
+    assert found[1]["choices"][0]["text"] == truth["choices"][0]["text"]
+    assert found[1]["first"] == truth["first"] != found[0]["first"]
 
 
 @contextlib.contextmanager
@@ -700,6 +739,7 @@ def test_sixteen_clients_half_of_them_hanging_up(server, model):
     prompts = [f"{word} {tail}" for word in tiny.TEXT.split()[:8] for tail in ("is", "fox jumps", "日本")]
     truth = dict(zip(prompts, alone(model, prompts, 16), strict=True))
     wrong: list[str] = []
+    streamed: list[str] = []
     finished = [0]
     end = time.monotonic() + SOAK_SECONDS
 
@@ -710,18 +750,22 @@ def test_sixteen_clients_half_of_them_hanging_up(server, model):
             prompt = rng.choice(prompts)
             arguments = {"model": "any", "prompt": prompt, "max_tokens": 16, "temperature": 0}
             try:
-                if number % 2:
+                expected = truth[prompt]["choices"][0]["text"]
+                if number % 2:  # every other stream is read to its end
                     with client.completions.create(stream=True, **arguments) as stream:
-                        for _ in zip(stream, range(rng.randint(1, 6)), strict=False):
-                            pass
+                        parts = list(itertools.islice(stream, rng.choice((None, rng.randint(1, 6)))))
+                    text = "".join(part.choices[0].text for part in parts)
+                    if parts[-1].choices[0].finish_reason is None:
+                        expected = expected[: len(text)]
+                    else:
+                        streamed.append(text)
+                    first = parts[0].model_extra["first"]
                 else:
                     answer = client.completions.create(**arguments)
-                    if (answer.choices[0].text, answer.model_extra["first"]) != (
-                        truth[prompt]["choices"][0]["text"],
-                        truth[prompt]["first"],
-                    ):
-                        wrong.append(f"{prompt!r}: {answer.choices[0].text!r}")
+                    text, first = answer.choices[0].text, answer.model_extra["first"]
                     finished[0] += 1
+                if (text, first) != (expected, truth[prompt]["first"]):
+                    wrong.append(f"{prompt!r}: {text!r}")
             except Exception as error:
                 wrong.append(repr(error))
 
@@ -734,7 +778,7 @@ def test_sixteen_clients_half_of_them_hanging_up(server, model):
     for thread in threads:
         thread.join()
     assert not wrong, wrong[:5]
-    assert finished[0] > 16
+    assert finished[0] > 16 and len(streamed) > 16
     assert wait_until_idle(url, 1.0)
     late = memory.memory_info().rss
     print(f"{finished[0]} answers, {late / 1e6:.1f} MB, {late / early - 1:+.2%} since a quarter of the time")
