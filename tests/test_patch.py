@@ -322,7 +322,7 @@ def smollm2(tmp_path_factory):
 def test_on_smollm2_each_of_six_sequences_runs_as_if_alone(outtype, prefill, kv_unified, smollm2):
     """Random masks, joins and leaves; 64 greedy tokens of the sequence that stays. The solo runs choose their own.
 
-    Its logits reach 40, and reading one prompt in other pieces already moves them by 1e-3: the tolerance is relative.
+    Its logits reach 59; llamafile's kernel sums several rows in float32 in another order than one, off by 5.5e-4.
     """
     path = smollm2(outtype)
     with opened(path, n_seq=6, n_ctx=128, n_batch=64, kv_unified=kv_unified) as model, opened(path) as alone:
@@ -348,7 +348,8 @@ def test_on_smollm2_each_of_six_sequences_runs_as_if_alone(outtype, prefill, kv_
                 largest = max(largest, np.abs(truth).max())
                 alone.clear()
         print(f"{outtype}, {prefill}: {crowd.made} sequences, off by at most {worst:.1e}, logits up to {largest:.0f}")
-        assert worst < 1e-4 * largest
+        # On AVX512 q4_0 is equal to the last bit; other processors have other kernels.
+        assert worst < (1e-3 if outtype == "f32" else 2e-5 * largest)
 
 
 @pytest.mark.parametrize("kv_unified", [False, True])
