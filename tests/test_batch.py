@@ -5,10 +5,12 @@ from __future__ import annotations
 import _thread
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
 
 import heap
@@ -508,8 +510,16 @@ def test_abandoned_streams_and_cancelled_requests_free_their_places(files):
         assert texts(batch.generate(prompts, max_tokens=6, temperature=0.0)) == expected
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own handler, which programs in the background start without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("prefill", ["full", "skip"])
-def test_ctrl_c_in_a_step_ends_only_the_call_that_it_came_to(prefill, files, monkeypatch):
+def test_ctrl_c_in_a_step_ends_only_the_call_that_it_came_to(prefill, files, ctrl_c, monkeypatch):
     """While prompts are being read, and while all decode; then with updates for step() that nobody has seen yet."""
     path, prompts = files[prefill][2], [tiny.prompt(30, i) for i in range(4)]
     alone = [solo(path, prompt, 12)[0] for prompt in prompts]
