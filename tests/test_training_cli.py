@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import types
@@ -792,15 +793,33 @@ def test_the_card_can_be_read_and_its_options_make_the_recipe_again(folder, data
     assert {key: value for key, value in vars(again).items() if key in wanted} == wanted
 
 
-def test_two_processes_write_one_recipe(folder, data, tmp_path):
-    """`accelerate launch` starts processes in the same way where there are several GPUs, but not on CPUs."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+@pytest.mark.parametrize("machines", [1, 2])
+def test_two_processes_write_one_recipe(folder, data, tmp_path, machines):
+    """As with two GPUs, or on two machines with one each; that there are none is said by the environment alone."""
     given = " ".join(arguments(folder, data, tmp_path / "out")).replace("--steps 5", "--epochs 1").split(" ")
-    command = [*launch, "-m", "pyfirst.training.train", *given]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    where = ["--num_machines", str(machines), "--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", *where]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("wrote") == 1
+    running = [
+        subprocess.Popen(
+            [*launch, "--machine_rank", str(rank), "--module", "pyfirst.training.train", *given],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for rank in range(machines)
+    ]
+    try:
+        said = [process.communicate(timeout=300)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0] * machines, said
+    assert "".join(said).count("wrote") == said[0].count("wrote") == 1
     training = load_recipe(tmp_path / "out").config.training
     assert training["steps"] == 4  # of 2 processes x 4 x 2 examples, from 68
     assert training["drawn"] == 4 * 16
