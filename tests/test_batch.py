@@ -268,6 +268,15 @@ def test_in_skip_a_prefix_is_shared_where_the_mask_is_the_same(windowed, compute
         assert sum(computed) < 5 * (46 + 8) - 2 * 30
 
 
+def test_in_skip_another_threshold_shares_no_prefix(windowed):
+    prompts = [tiny.prompt(40, 5) + tiny.prompt(6, seed=10 + i) for i in range(3)]
+    thresholds = [0.45, 0.55, 0.45]
+    alone = [solo(windowed, p, 8, threshold=t) for p, t in zip(prompts, thresholds, strict=True)]
+    assert alone[0][1]["skipped"] != alone[1][1]["skipped"]
+    with FirstBatch(windowed, n_parallel=1, **F32) as batch:
+        assert answers(batch.generate(prompts, max_tokens=8, threshold=thresholds, temperature=0.0)) == alone
+
+
 def test_in_skip_a_mask_is_reported_that_came_with_a_prefix_still_being_read(windowed):
     """The decision falls long before a prompt of many batches has been read, and stays when it is cancelled."""
     prefix = tiny.prompt(64, 5)
@@ -371,6 +380,22 @@ def test_each_prompt_has_its_own_sampling_and_stops(files):
         mixed = batch.generate(prompts, max_tokens=[4, 24, 9], temperature=[0.0, 2.0, 0.0], top_k=[40, 1, 40], seed=5)
         assert [r["usage"]["completion_tokens"] for r in mixed][::2] == [4, 9]
         assert whole[0].startswith(texts(mixed)[0]) and texts(mixed)[1] == whole[1]  # top_k of 1 is greedy
+
+
+def test_each_option_samples_as_in_llama_cpp_python(files):
+    """The same draws of the same seed, for 80 tokens: penalties look back on 64."""
+    options = [{"temperature": 2.0}, {"top_k": 3}, {"top_p": 0.4}, {"min_p": 0.5}, {"repeat_penalty": 1.9}]
+    options += [{"frequency_penalty": 1.5}, {"presence_penalty": 2.0}]
+    plain = {"temperature": 1.0, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "repeat_penalty": 1.0}
+    plain |= {"frequency_penalty": 0.0, "presence_penalty": 0.0, "seed": 7}
+    path, prompt = files["full"][2], tiny.prompt(10, 3)
+    with FirstBatch(path, n_parallel=8, **F32) as batch:
+        each = {name: [{**plain, **option}[name] for option in [{}, *options]] for name in plain}
+        found = texts(batch.generate([prompt] * 8, max_tokens=80, **each))
+    llm = FirstLlama(path, n_ctx=256, verbose=False, **F32)
+    assert found == texts(llm.create_completion(prompt, max_tokens=80, **plain | o) for o in [{}, *options])
+    llm.close()
+    assert len(set(found)) == 8
 
 
 def test_memory_stays_what_was_claimed(files):
