@@ -15,6 +15,7 @@ import pytest
 import tiny
 
 from pyfirst.cli import many
+from pyfirst.cli.common import MAX_CTX
 from pyfirst.cli.run import main, run
 
 
@@ -103,6 +104,22 @@ def test_an_option_decides_for_all_lines_as_it_does_alone(options, settings, mod
         for name in ("kept", "skipped", "prefill"):
             assert row["first"][name] == alone["first"][name]
         assert row["first"] != usual["first"]
+
+
+def test_the_batch_is_as_large_as_was_asked_for(model, tmp_path, monkeypatch):
+    """Without -c as large as first-run makes it for one prompt, if memory and model allow it."""
+    made = []
+
+    class Seen(many.FirstBatch):
+        def __init__(self, path, **kwargs):
+            super().__init__(path, **kwargs)
+            made.append((self.n_parallel, self.n_ctx, self.n_threads, kwargs["max_ctx"]))
+
+    monkeypatch.setattr(many, "FirstBatch", Seen)
+    file = write(tmp_path / "p.jsonl", PROMPTS[:1])
+    assert main(["-m", model, "-f", str(file), "--parallel", "3", "--json", "-c", "96", "-t", "1", "-n", "1"]) == 0
+    assert main(["-m", model, "-f", str(file), "--parallel", "1", "--json", "-n", "1"]) == 0
+    assert made[0][:3] == (3, 96, 1) and made[1][3] == MAX_CTX
 
 
 def test_lines_that_cannot_be_answered_do_not_stop_the_others(model, tmp_path, capfd):
