@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import llama_cpp
@@ -10,7 +11,9 @@ import pytest
 from first_convert.ggufio import Entry, Gguf, rewrite
 from pyfirst import FirstBatch, FirstLlama, InputError
 from pyfirst.chat import ChatTemplate
+from pyfirst.cli.many import run_many
 from pyfirst.cli.session import Session
+from pyfirst.server import Engine, create_app
 
 KEY = "tokenizer.chat_template"
 CHATS = [
@@ -57,7 +60,8 @@ def test_an_empty_template_is_none_and_a_broken_one_is_named_once(other):
 
 @pytest.mark.parametrize("template", [None, WITH_BOS], ids=["own", "with BOS"])
 @pytest.mark.parametrize("messages", CHATS, ids=["short", "long"])
-def test_token_ids_are_hugging_faces(messages, template, tiny_model, other):
+def test_token_ids_are_hugging_faces(messages, template, tiny_model, other, tmp_path):
+    from fastapi.testclient import TestClient
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama")[0])
@@ -73,6 +77,11 @@ def test_token_ids_are_hugging_faces(messages, template, tiny_model, other):
         llm = session.llm
         llm.create_chat_completion(messages, max_tokens=1)
         assert llm.input_ids[: len(expected)].tolist() == expected
+    run_many(str(path), [json.dumps({"messages": messages}).encode()], n_predict=1, out=tmp_path / "answers.jsonl")
+    assert json.loads((tmp_path / "answers.jsonl").read_text())["usage"]["prompt_tokens"] == len(expected)
+    with TestClient(create_app(Engine(FirstBatch(path, n_parallel=1, n_ctx=256)))) as web:
+        answer = web.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1}).json()
+    assert answer["usage"]["prompt_tokens"] == len(expected)
     if template:
         assert expected[0] == tokenizer.bos_token_id != expected[1]
 
