@@ -22,6 +22,8 @@ from pyfirst import FirstBatch, FirstLlama, InputError
 from pyfirst.batch import Request
 from pyfirst.cpu import usable_cpus
 
+import llama_cpp  # isort: skip  (after pyfirst, which points it at our library)
+
 F32 = {"type_k": 0, "type_v": 0}
 MASKS = [[1, 0, 1, 1], [1, 1, 0, 1], [1, 0, 1, 1], None]
 
@@ -427,6 +429,15 @@ def test_the_context_is_no_longer_than_the_models(files):
         assert batch.n_ctx == 512
 
 
+@pytest.mark.parametrize("kv_unified", [False, True])
+def test_llama_cpp_is_told_what_was_asked_for(kv_unified, files):
+    with FirstBatch(files["full"][2], n_parallel=3, n_ctx=256, n_threads=1, kv_unified=kv_unified) as batch:
+        ctx = batch._ctx.ctx
+        assert (llama_cpp.llama_n_threads(ctx), llama_cpp.llama_n_threads_batch(ctx)) == (1, 1)
+        # Cells that one sequence may take: of one pool all.
+        assert llama_cpp.llama_n_ctx_seq(ctx) == 256 * (3 if kv_unified else 1)
+
+
 def test_stream_equals_the_whole_and_stops_hide_stop_strings(files):
     path = files["full"][2]
     prompts = [tiny.prompt(10, i) for i in range(3)]
@@ -503,6 +514,9 @@ def test_steps_that_must_be_short_change_no_answer(prefill, files, monkeypatch):
     with FirstBatch(path, n_parallel=3, **F32) as batch:
         batch.step_seconds = 0.1
         assert answers(batch.generate(prompts, max_tokens=8, temperature=0.0)) == alone
+        handles = [batch.submit(Request(tiny.prompt(90, 10 + i))) for i in range(3)]
+        batch.step()
+        assert sum(batch.routing(handle) is not None for handle in handles) == (prefill == "skip")
     # What decides in "skip" is read at once.
     assert max(sizes) <= 25 if prefill == "full" else sorted(sizes)[-3:] == [100, 120, 140]
 
