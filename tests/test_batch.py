@@ -270,6 +270,15 @@ def test_in_skip_a_prefix_is_shared_where_the_mask_is_the_same(windowed, compute
         assert sum(computed) < 5 * (46 + 8) - 2 * 30
 
 
+def test_what_lies_there_longest_makes_room(files, computed):
+    prefix = tiny.prompt(40, 5)
+    with FirstBatch(files["full"][2], n_parallel=2, **F32) as batch:
+        for i, beginning in enumerate([prefix, [], prefix, [], prefix]):
+            computed.clear()
+            batch.generate([beginning + tiny.prompt(44 - len(beginning), 10 + i)], max_tokens=1)
+            assert (sum(computed) < 40) == (i in (2, 4))
+
+
 def test_in_skip_another_threshold_shares_no_prefix(windowed):
     prompts = [tiny.prompt(40, 5) + tiny.prompt(6, seed=10 + i) for i in range(3)]
     thresholds = [0.45, 0.55, 0.45]
