@@ -58,6 +58,7 @@ def test_each_line_is_answered_as_alone_and_in_order(model, tmp_path, capfd):
         )
         assert row["first"]["skipped"] == alone["first"]["skipped"] and row["seed"] == 40 + i
     assert len({tuple(row["first"]["skipped"]) for row in found}) > 1
+    assert f"kept {np.mean([row['first']['kept'] for row in found]) / 4:.0%} of the layers" in err
 
 
 def test_options_of_a_line_are_for_that_line_alone(model, tmp_path, capfd):
@@ -106,7 +107,7 @@ def test_an_option_decides_for_all_lines_as_it_does_alone(options, settings, mod
         assert row["first"] != usual["first"]
 
 
-def test_the_batch_is_as_large_as_was_asked_for(model, tmp_path, monkeypatch):
+def test_the_batch_is_as_large_as_was_asked_for(model, tmp_path, monkeypatch, capfd):
     """Without -c as large as first-run makes it for one prompt, if memory and model allow it."""
     made = []
 
@@ -118,8 +119,10 @@ def test_the_batch_is_as_large_as_was_asked_for(model, tmp_path, monkeypatch):
     monkeypatch.setattr(many, "FirstBatch", Seen)
     file = write(tmp_path / "p.jsonl", PROMPTS[:1])
     assert main(["-m", model, "-f", str(file), "--parallel", "3", "--json", "-c", "96", "-t", "1", "-n", "1"]) == 0
-    assert main(["-m", model, "-f", str(file), "--parallel", "1", "--json", "-n", "1"]) == 0
+    assert main(["-m", model, "-f", str(file), "--parallel", "1", "--json", "-n", "-1", "--temp", "0"]) == 0
     assert made[0][:3] == (3, 96, 1) and made[1][3] == MAX_CTX
+    row = answers(capfd.readouterr()[0])[1]  # -1: to the end of the text, or of the context
+    assert row["usage"] == run(model, PROMPTS[0], n_predict=-1, temp=0)["usage"] and row["finish_reason"]
 
 
 def test_lines_that_cannot_be_answered_do_not_stop_the_others(model, tmp_path, capfd):
@@ -224,7 +227,10 @@ def test_an_outfile_of_something_else_is_refused_and_kept(model, tmp_path, capfd
         (tmp_path / "notes.txt").write_text(notes)
         assert main([*options, "-f", str(file), "-o", str(tmp_path / "notes.txt")]) == 2
         assert (tmp_path / "notes.txt").read_text() == notes
-    # Another model of the same name: its answers would be mixed with these.
+    # The same model by another name, and another of the same name: answers would be mixed with these.
+    (tmp_path / "other.gguf").write_bytes(Path(model).read_bytes())
+    assert main(["-m", str(tmp_path / "other.gguf"), *options[2:], "-f", str(file), "-o", str(out)]) == 2
+    assert "line 1 does not answer" in capfd.readouterr()[1] and out.read_bytes() == content
     changed = bytearray(Path(model).read_bytes())
     changed[-4:] = bytes(4)
     (tmp_path / Path(model).name).write_bytes(changed)
@@ -268,7 +274,9 @@ def test_progress_is_for_terminals_on_stderr(model, tmp_path, capsys, monkeypatc
 
 
 def test_stdin_and_blank_lines(model, capfd, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'"the quick"\n\n{"prompt": "brown"}\r\n')))
+    monkeypatch.setattr(
+        sys, "stdin", io.TextIOWrapper(io.BytesIO(b'\xef\xbb\xbf"the quick"\n\n{"prompt": "brown"}\r\n'))
+    )
     assert main(["-m", model, "-f", "-", "--parallel", "2", "--json", "-n", "2", "--temp", "0"]) == 0
     assert [row["line"] for row in answers(capfd.readouterr()[0])] == [1, 2]
 
