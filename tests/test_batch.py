@@ -456,8 +456,12 @@ def test_stream_equals_the_whole_and_stops_hide_stop_strings(files):
         for i, chunk in batch.generate(prompts, max_tokens=24, temperature=0.0, stream=True):
             streamed[i] += chunk["choices"][0]["text"]
         assert streamed == whole
-        # What might have begun a stop string is shown where the answer ends at its length.
-        assert texts(batch.generate(prompts[:1], max_tokens=24, temperature=0.0, stop=whole[0][-3:] + "x")) == whole[:1]
+        # What might have begun a stop string is shown where the answer ends at its length, or by itself.
+        drawn = {"max_tokens": 100, "temperature": 1.0, "top_k": 3, "seed": list(range(16))}
+        found = batch.generate(prompts[:1] * 16, **drawn)
+        assert {result["choices"][0]["finish_reason"] for result in found} == {"stop", "length"}
+        held = [[text[-3:] + "x"] for text in texts(found)]
+        assert texts(batch.generate(prompts[:1] * 16, **drawn, stop=held)) == texts(found)
         stop = whole[0][4:9]
         result = batch.generate([prompts[0]], max_tokens=24, temperature=0.0, stop=[stop, "never"])[0]
         assert result["choices"][0]["text"] == whole[0][: whole[0].index(stop)]
