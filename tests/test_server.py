@@ -164,6 +164,8 @@ def test_several_choices_have_seeds_of_their_own(client):
     assert several.usage.prompt_tokens == single[0].usage.prompt_tokens
     assert several.usage.completion_tokens == sum(one.usage.completion_tokens for one in single)
     assert several.model_extra["first"] == single[0].model_extra["first"]
+    last = client.completions.create(**arguments, seed=2**32 - 2, n=2)  # the next one is 0
+    assert last.choices[1].text == client.completions.create(**arguments, seed=0).choices[0].text
     pairs = client.completions.create(**{**arguments, "prompt": ["the quick", "fox"]}, seed=11, n=2)
     assert [c.text for c in pairs.choices[:2]] == [c.text for c in several.choices[:2]]
     assert [c.index for c in pairs.choices] == [0, 1, 2, 3]
