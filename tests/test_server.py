@@ -118,6 +118,8 @@ def test_chat_streams_what_it_answers(client):
     assert text == whole.choices[0].message.content
     assert chunks[-1].usage == whole.usage
     assert chunks[0].model_extra["first"] == whole.model_extra["first"]
+    endless = client.chat.completions.create(model="any", messages=messages, temperature=0)
+    assert endless.choices[0].finish_reason == "length" and endless.usage.total_tokens == CONTEXT
     arguments = {"model": "any", "messages": messages, "max_tokens": 8, "temperature": 1, "seed": 3}
     with client.chat.completions.stream(n=2, **arguments) as stream:  # openai's own way to join the deltas
         joined = stream.until_done().current_completion_snapshot
