@@ -612,8 +612,11 @@ def test_a_full_queue_is_429_and_empties(model):
     engine = Engine(FirstBatch(model, n_parallel=1, n_ctx=CONTEXT), max_waiting=2)
     with TestClient(create_app(engine)) as web, ThreadPoolExecutor(12) as pool:
         body = {"prompt": "the quick", "max_tokens": 60, "temperature": 1}
-        codes = [r.status_code for r in pool.map(lambda _: web.post("/v1/completions", json=body), range(12))]
+        found = list(pool.map(lambda _: web.post("/v1/completions", json=body), range(12)))
+        codes = [r.status_code for r in found]
         assert set(codes) == {200, 429} and codes.count(200) >= 3
+        assert {r.json()["error"]["type"] for r in found if r.status_code == 429} == {"rate_limit_error"}
+        assert not engine.jobs and not engine.batch._routings
         assert web.post("/v1/completions", json={**body, "max_tokens": 1}).status_code == 200
         # Whatever goes wrong inside is an answer too, and the next request is served.
         step = engine.batch.step
