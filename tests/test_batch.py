@@ -440,9 +440,9 @@ def test_the_context_is_no_longer_than_the_models(files):
 
 @pytest.mark.parametrize("kv_unified", [False, True])
 def test_llama_cpp_is_told_what_was_asked_for(kv_unified, files):
-    with FirstBatch(files["full"][2], n_parallel=3, n_ctx=256, n_threads=1, kv_unified=kv_unified) as batch:
+    with FirstBatch(files["full"][2], n_parallel=3, n_ctx=256, n_threads=3, kv_unified=kv_unified) as batch:
         ctx = batch._ctx.ctx
-        assert (llama_cpp.llama_n_threads(ctx), llama_cpp.llama_n_threads_batch(ctx)) == (1, 1)
+        assert (llama_cpp.llama_n_threads(ctx), llama_cpp.llama_n_threads_batch(ctx)) == (3, 3)
         # Cells that one sequence may take: of one pool all.
         assert llama_cpp.llama_n_ctx_seq(ctx) == 256 * (3 if kv_unified else 1)
 
