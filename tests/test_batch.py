@@ -395,16 +395,16 @@ def test_each_prompt_has_its_own_sampling_and_stops(files):
 
 def test_each_option_samples_as_in_llama_cpp_python(files):
     """The same draws of the same seed, for 80 tokens: penalties look back on 64."""
-    options = [{"temperature": 2.0}, {"top_k": 3}, {"top_p": 0.4}, {"min_p": 0.5}, {"repeat_penalty": 1.9}]
+    options = [{}, {"temperature": 2.0}, {"top_k": 3}, {"top_p": 0.4}, {"min_p": 0.5}, {"repeat_penalty": 1.9}]
     options += [{"frequency_penalty": 1.5}, {"presence_penalty": 2.0}]
     plain = {"temperature": 1.0, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "repeat_penalty": 1.0}
     plain |= {"frequency_penalty": 0.0, "presence_penalty": 0.0, "seed": 7}
     path, prompt = files["full"][2], tiny.prompt(10, 3)
     with FirstBatch(path, n_parallel=8, **F32) as batch:
-        each = {name: [{**plain, **option}[name] for option in [{}, *options]] for name in plain}
+        each = {name: [{**plain, **option}[name] for option in options] for name in plain}
         found = texts(batch.generate([prompt] * 8, max_tokens=80, **each))
     llm = FirstLlama(path, n_ctx=256, verbose=False, **F32)
-    assert found == texts(llm.create_completion(prompt, max_tokens=80, **plain | o) for o in [{}, *options])
+    assert found == texts(llm.create_completion(prompt, max_tokens=80, **plain | o) for o in options)
     llm.close()
     assert len(set(found)) == 8
 

@@ -13,7 +13,6 @@ from pyfirst import FirstBatch, FirstLlama, InputError
 from pyfirst.chat import ChatTemplate
 from pyfirst.cli.many import run_many
 from pyfirst.cli.session import Session
-from pyfirst.server import Engine, create_app
 
 KEY = "tokenizer.chat_template"
 CHATS = [
@@ -64,6 +63,8 @@ def test_token_ids_are_hugging_faces(messages, template, tiny_model, other, tmp_
     from fastapi.testclient import TestClient
     from transformers import AutoTokenizer
 
+    from pyfirst.server import Engine, create_app
+
     tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama")[0])
     tokenizer.chat_template = template or tokenizer.chat_template
     path = other(tokenizer.chat_template, add_bos=True)
@@ -72,6 +73,9 @@ def test_token_ids_are_hugging_faces(messages, template, tiny_model, other, tmp_
         assert batch.tokenize("x")[0] == tokenizer.bos_token_id  # or the test shows nothing
         prompt = ChatTemplate(str(path), batch.metadata, batch.vocab).render(messages)
         assert batch.tokenize(prompt, add_bos=False) == expected
+        with TestClient(create_app(Engine(batch))) as web:
+            answer = web.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1}).json()
+    assert answer["usage"]["prompt_tokens"] == len(expected)
     with Session(str(path)) as session:
         assert session.tokens(messages) == expected
         llm = session.llm
@@ -79,9 +83,6 @@ def test_token_ids_are_hugging_faces(messages, template, tiny_model, other, tmp_
         assert llm.input_ids[: len(expected)].tolist() == expected
     run_many(str(path), [json.dumps({"messages": messages}).encode()], n_predict=1, out=tmp_path / "answers.jsonl")
     assert json.loads((tmp_path / "answers.jsonl").read_text())["usage"]["prompt_tokens"] == len(expected)
-    with TestClient(create_app(Engine(FirstBatch(path, n_parallel=1, n_ctx=256)))) as web:
-        answer = web.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1}).json()
-    assert answer["usage"]["prompt_tokens"] == len(expected)
     if template:
         assert expected[0] == tokenizer.bos_token_id != expected[1]
 

@@ -228,14 +228,11 @@ def test_an_outfile_of_something_else_is_refused_and_kept(model, tmp_path, capfd
         assert main([*options, "-f", str(file), "-o", str(tmp_path / "notes.txt")]) == 2
         assert (tmp_path / "notes.txt").read_text() == notes
     # The same model by another name, and another of the same name: answers would be mixed with these.
-    (tmp_path / "other.gguf").write_bytes(Path(model).read_bytes())
-    assert main(["-m", str(tmp_path / "other.gguf"), *options[2:], "-f", str(file), "-o", str(out)]) == 2
-    assert "line 1 does not answer" in capfd.readouterr()[1] and out.read_bytes() == content
-    changed = bytearray(Path(model).read_bytes())
-    changed[-4:] = bytes(4)
-    (tmp_path / Path(model).name).write_bytes(changed)
-    assert main(["-m", str(tmp_path / Path(model).name), *options[2:], "-f", str(file), "-o", str(out)]) == 2
-    assert "line 1 does not answer" in capfd.readouterr()[1] and out.read_bytes() == content
+    same = Path(model).read_bytes()
+    for name, weights in (("other.gguf", same), (Path(model).name, same[:-4] + bytes(4))):
+        (tmp_path / name).write_bytes(weights)
+        assert main(["-m", str(tmp_path / name), *options[2:], "-f", str(file), "-o", str(out)]) == 2
+        assert "line 1 does not answer" in capfd.readouterr()[1] and out.read_bytes() == content
 
 
 def test_a_device_holds_no_answers(model):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import types
 from array import array
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -793,8 +794,15 @@ def test_the_card_can_be_read_and_its_options_make_the_recipe_again(folder, data
     assert {key: value for key, value in vars(again).items() if key in wanted} == wanted
 
 
+@pytest.fixture(scope="module")
+def of_one_process(folder, data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one") / "out"
+    assert main(arguments(folder, data, out, "--steps", "4", "--batch-size", "8")) == 0
+    return out
+
+
 @pytest.mark.parametrize("machines", [1, 2])
-def test_two_processes_write_one_recipe(folder, data, tmp_path, machines):
+def test_two_processes_write_one_recipe(folder, data, of_one_process, tmp_path, machines):
     """As with two GPUs, or on two machines with one each; that there are none is said by the environment alone."""
     given = " ".join(arguments(folder, data, tmp_path / "out")).replace("--steps 5", "--epochs 1").split(" ")
     with socket.socket() as free:
@@ -804,28 +812,20 @@ def test_two_processes_write_one_recipe(folder, data, tmp_path, machines):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", *where]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    running = [
-        subprocess.Popen(
-            [*launch, "--machine_rank", str(rank), "--module", "pyfirst.training.train", *given],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(machines)
-    ]
-    try:
-        said = [process.communicate(timeout=300)[1] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0] * machines, said
-    assert "".join(said).count("wrote") == said[0].count("wrote") == 1
+
+    def launched(rank: int) -> subprocess.CompletedProcess[str]:
+        command = [*launch, "--machine_rank", str(rank), "--module", "pyfirst.training.train", *given]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+    with ThreadPoolExecutor() as pool:
+        done = list(pool.map(launched, range(machines)))
+    assert [process.returncode for process in done] == [0] * machines, [process.stderr for process in done]
+    assert [process.stderr.count("wrote") for process in done] == [1, 0][:machines]
     training = load_recipe(tmp_path / "out").config.training
     assert training["steps"] == 4  # of 2 processes x 4 x 2 examples, from 68
     assert training["drawn"] == 4 * 16
-    assert main(arguments(folder, data, tmp_path / "one", "--steps", "4", "--batch-size", "8")) == 0
     for name in ("adapter_model.safetensors", "first_routers.safetensors"):
-        both, one = (load_file(tmp_path / out / name) for out in ("out", "one"))
+        both, one = (load_file(out / name) for out in (tmp_path / "out", of_one_process))
         assert max(float((both[key].float() - one[key].float()).abs().max()) for key in one) < 5e-4
 
 
