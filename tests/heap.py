@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from typing import Any
 
 
 class _Mallinfo2(ctypes.Structure):
@@ -12,9 +14,22 @@ class _Mallinfo2(ctypes.Structure):
     ]
 
 
-def in_use() -> int:
-    """Bytes from malloc in all threads' arenas and mapped singly; Python's small objects have arenas of their own."""
+def _mallinfo() -> Any:
     mallinfo2 = ctypes.CDLL(None).mallinfo2
     mallinfo2.restype = _Mallinfo2
-    found = mallinfo2()
+    return mallinfo2()
+
+
+def in_use() -> int:
+    """Bytes from malloc in all threads' arenas and mapped singly; Python's small objects have arenas of their own."""
+    found = _mallinfo()
     return found.uordblks + found.hblkhd
+
+
+def mapped(make: Callable[[], Any]) -> int:
+    """Bytes that are mapped singly for what ``make`` returns."""
+    before = _mallinfo().hblkhd
+    made = make()
+    after = _mallinfo().hblkhd
+    del made
+    return after - before

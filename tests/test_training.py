@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -340,3 +344,26 @@ def test_layers_that_cannot_be_left_out_are_refused(kind, own, words):
 def test_layers_are_found_beside_as_many_experts(tmp_path):
     net = tiny.load(tiny.make("mixtral", tmp_path))
     assert find_layers(net) is net.model.layers
+
+
+_MAPPED = """
+import heap, torch
+from pyfirst import fit
+from pyfirst.training.phases import keep_heap_small
+
+def mapped(room, size):
+    fit.rooms = lambda: [fit.Room(100 << 20, ""), fit.Room(room, "")]
+    keep_heap_small(1 << 20)
+    sizes = [heap.mapped(lambda: torch.empty(size, dtype=torch.uint8)) for _ in range(2)]
+    return sizes[-1] >= size  # without a setting glibc maps a size singly until one was freed
+
+print(mapped(17 << 20, 4 << 20), mapped(15 << 20, 8 << 20))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
+def test_large_blocks_go_back_to_the_system_where_memory_is_scarce():
+    """Elsewhere they stay in the heap, for every new mapping costs time."""
+    command = [sys.executable, "-c", _MAPPED]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+    assert done.stdout.split() == ["False", "True"]

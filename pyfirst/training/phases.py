@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from pyfirst import fit
 from pyfirst.errors import InputError
 from pyfirst.recipe import read_json
 from pyfirst.training import checkpoints, report
@@ -34,6 +35,8 @@ TRIM = 5
 # Blocks of at least this many bytes go back to the system as soon as they are freed. A quarter of it halves the memory,
 # but takes 1.5 times as long.
 OWN_MAP = 1 << 20
+# With this many times the weights' size to take, memory is not what is scarce.
+PLENTY = 16
 # Masks remembered to tell whether routing has collapsed.
 MEMORY = 500
 
@@ -44,10 +47,14 @@ def _glibc(function: str, *arguments: int) -> None:
         ctypes.CDLL(None)[function](*arguments)
 
 
-def keep_heap_small() -> None:
-    """Give large blocks mappings of their own: batches whose lengths keep changing fragment glibc's heap."""
-    m_mmap_threshold = -3  # as malloc.h has it
-    _glibc("mallopt", m_mmap_threshold, OWN_MAP)
+def keep_heap_small(weights: int) -> None:
+    """Give large blocks mappings of their own where memory is scarce for a model of ``weights`` bytes.
+
+    Batches whose lengths keep changing fragment glibc's heap, but every new mapping has to be cleared page by page.
+    """
+    if min((room.size for room in fit.rooms()), default=0) < PLENTY * weights:
+        m_mmap_threshold = -3  # as malloc.h has it
+        _glibc("mallopt", m_mmap_threshold, OWN_MAP)
 
 
 @dataclass

@@ -258,11 +258,11 @@ def _train(args: argparse.Namespace, out: Path) -> Path:
         transformers.logging.disable_progress_bar()
         logging.getLogger("accelerate").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module="transformers|peft")
-    keep_heap_small()
     started = time.monotonic()
     rows = gather(args.data, read_rows)
     earlier = load_recipe(args.recipe) if args.recipe else None
     base, tokenizer = load_model(args.model, args.bf16, args.phase != "routers")
+    keep_heap_small(base.get_memory_footprint())
     base.requires_grad_(False)
     first_process = int(os.environ.get("RANK", "0")) == 0
     content: dict[str, str | None] = {}
