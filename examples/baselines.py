@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 
 from first_convert.convert import convert
-from pyfirst.cpu import multiplies_bf16
 from pyfirst.evaluation import evaluate
 from pyfirst.scores import Statistic, bleu, draw, estimate, mean, rouge
 from pyfirst.training.options import build_parser as train_parser
@@ -102,8 +101,7 @@ def run(name: str, options: list[str], args: argparse.Namespace) -> dict[str, An
     shared = args.work / ".dense-lora.work" / "warm-up.safetensors"
     command = ["-m", args.model, "--data", *args.train, "--out", str(recipe), "--force", "--keep-checkpoints"]
     command += ["--steps", str(args.steps), "--batch-size", "3", "--grad-accum", "3", "--max-length", "288"]
-    command += ["--hold-back", "24", "--prior-examples", "24", "--seed", str(args.seed), *options]
-    command += [] if multiplies_bf16() is False else ["--bf16"]
+    command += ["--hold-back", "24", "--prior-examples", "24", "--seed", str(args.seed), "--bf16", *options]
     if not (recipe / "first_config.json").is_file():
         if shared.is_file() and "--phase" not in options:  # the warm-up is the same for all
             work.mkdir(parents=True, exist_ok=True)

@@ -408,6 +408,13 @@ def test_a_single_mask_grows_and_shrinks_in_the_order_of_its_layers(data, tmp_pa
         assert skipped(skip=count / 8) == sorted(order[:count])
 
 
+@pytest.fixture
+def bf16(monkeypatch):
+    """A processor that multiplies bfloat16; others emulate it, fast enough for tiny models."""
+    monkeypatch.setattr("pyfirst.training.train.multiplies_bf16", lambda: True)
+
+
+@pytest.mark.usefixtures("bf16")
 def test_the_papers_objective_and_bf16(folder, data, tmp_path):
     assert main(arguments(folder, data, tmp_path / "out", "--objective", "paper", "--bf16")) == 0
     config = load_recipe(tmp_path / "out").config
@@ -424,6 +431,7 @@ def test_the_papers_objective_and_bf16(folder, data, tmp_path):
         ("--bf16", "--router-norm", "none"),
     ],
 )
+@pytest.mark.usefixtures("bf16")
 def test_extreme_settings_stay_finite(folder, data, tmp_path, more):
     assert main(arguments(folder, data, tmp_path / "out", *more)) == 0
     recipe = load_recipe(tmp_path / "out")
@@ -723,14 +731,19 @@ def test_a_teacher_of_another_rank_is_refused(folder, data, trained, tmp_path, c
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU multiplies bfloat16")
 @pytest.mark.parametrize("able", [True, False, None])
-def test_bf16_on_a_processor_without_it_is_warned_of(folder, data, tmp_path, monkeypatch, capsys, able):
-    def stop(*_):
+def test_bf16_on_a_processor_without_it_is_float32(folder, data, tmp_path, monkeypatch, capsys, able):
+    found = []
+
+    def stop(_, options, content, *more):
+        found.append((options["bf16"], content["model"]))
         raise InputError("enough")
 
     monkeypatch.setattr("pyfirst.training.train.multiplies_bf16", lambda: able)
     monkeypatch.setattr("pyfirst.training.checkpoints.begin", stop)
     assert main(arguments(folder, data, tmp_path / "out", "--bf16")) == 2
     assert ("does not multiply bfloat16" in capsys.readouterr().err) == (able is False)
+    assert main(arguments(folder, data, tmp_path / "out")) == 2
+    assert (found[0] == found[1]) == (able is False)
 
 
 def test_a_data_set_by_name(monkeypatch):

@@ -259,6 +259,9 @@ def _train(args: argparse.Namespace, out: Path) -> Path:
         logging.getLogger("accelerate").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module="transformers|peft")
     started = time.monotonic()
+    if args.bf16 and not torch.cuda.is_available() and multiplies_bf16() is False:
+        report.say("--bf16: this processor does not multiply bfloat16 itself, which takes many times as long; float32")
+        args = argparse.Namespace(**{**vars(args), "bf16": False})
     rows = gather(args.data, read_rows)
     earlier = load_recipe(args.recipe) if args.recipe else None
     base, tokenizer = load_model(args.model, args.bf16, args.phase != "routers")
@@ -295,8 +298,6 @@ def _train(args: argparse.Namespace, out: Path) -> Path:
     routers = Routers.from_recipe(earlier) if earlier else Routers(count, width, config.router_norm)
     model = FirstModel(base, routers, config.threshold, config.prefill, config.window, config.protected)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    if args.bf16 and not torch.cuda.is_available() and multiplies_bf16() is False:
-        report.say("warning: this processor does not multiply bfloat16 itself: --bf16 takes several times as long here")
 
     def prior() -> None:
         some = sample()
