@@ -1,7 +1,7 @@
 """Measurements of training that take minutes on a real model; not collected by pytest.
 
 python tests/measure_training.py parity MODEL_DIR RECIPE --data FILE...   routed torch against the runtime, float32
-python tests/measure_training.py speed MODEL_DIR                           time and memory of a phase, bfloat16
+python tests/measure_training.py speed MODEL_DIR                           time and memory, bfloat16 where it can
 """
 
 from __future__ import annotations

@@ -145,14 +145,14 @@ def test_tasks_get_the_masks_that_cost_least(folder):
     model = wrapped(folder, "full")
     some, _ = examples(8)
     order = torch.tensor([2, 1])
-    masks, curves = settle(model, some, ["0", "1"], nested(order, 4), 2, 2, lambda text: None)
+    masks, curves = settle(model, some, ["0", "1"], nested(order, 4), 2, 2)
     assert torch.equal(masks, targets_of(order, curves, masks) > 0)
     assert int((~masks).sum()) == 2
     assert bool(masks[:, 0].all())
     runs = [trial(model, [e for e in some if e.task == task], 2) for task in ("0", "1")]
     ladder = nested(order, 4)
     assert ladder.int().tolist() == [[1, 1, 1, 1], [1, 1, 0, 1], [1, 0, 0, 1]]
-    least, _ = settle(model, some, ["0", "1"], ladder[1:], 2, 2, lambda text: None)
+    least, _ = settle(model, some, ["0", "1"], ladder[1:], 2, 2)
     assert least.tolist() == [ladder[1].tolist()] * 2
     sums = [float(runs[0](ladder[d]).mean() + runs[1](ladder[2 - d]).mean()) for d in range(3)]
     found = float(sum(run(mask).mean() for run, mask in zip(runs, masks, strict=True)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -406,6 +407,25 @@ def test_a_single_mask_grows_and_shrinks_in_the_order_of_its_layers(data, tmp_pa
     assert skipped() == sorted(order[:2])
     for count in range(6):
         assert skipped(skip=count / 8) == sorted(order[:count])
+
+
+def test_long_work_tells_how_far_it_is(folder, data, tmp_path, monkeypatch, capsys):
+    """A line at the latest every half a minute, and none of these where everything is done by then."""
+    monkeypatch.setattr(report, "QUIET", 3600.0)
+    assert main(arguments(folder, data, tmp_path / "out")) == 0
+    quiet = capsys.readouterr().err
+    monkeypatch.setattr(report, "QUIET", 0.0)
+    assert main(arguments(folder, data, tmp_path / "out", "--force")) == 0
+    told = capsys.readouterr().err
+    for pattern in (
+        r"0 of \d+ examples, layer 1$",
+        r"depths 1/\d+$",
+        r"\w+: 1 of \d+ depths$",
+        r"(\d+) of \1 prompts$",
+        r"(\d+) of \1 examples$",
+    ):
+        assert re.search(f"^  {pattern}", told, re.MULTILINE), pattern
+        assert not re.search(f"^  {pattern}", quiet, re.MULTILINE), pattern
 
 
 @pytest.fixture

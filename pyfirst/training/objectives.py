@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from pyfirst.training import report
 from pyfirst.training.data import Example, collate
 from pyfirst.training.routers import FirstModel, per_example
 
@@ -98,6 +99,7 @@ def leave_one_out(model: FirstModel, examples: Sequence[Example], batch_size: in
                 keep[layer] = False
                 loss = cached(keep) if cached else per_example(model(**batch, keep=keep), len(chosen))
                 delta[:, layer] = loss - whole
+                report.progress(f"{start} of {len(order)} examples, layer {layer}")
         deltas.append(delta)
     back = torch.tensor(order).argsort()
     return torch.cat(deltas)[back], torch.cat(features)[back]

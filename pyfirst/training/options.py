@@ -78,7 +78,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--hold-back", type=int, default=32, help="examples a task kept from training (default: 32)")
     add("--prior-examples", type=int, default=16, help="examples a task to try layers on (default: 16)")
     add("--seed", type=int, default=1, help="of data order and initial LoRA (default: 1)")
-    add("--bf16", action="store_true", help="base model in bfloat16, where the processor multiplies it; routers stay float32")
+    add(
+        "--bf16",
+        action="store_true",
+        help="base model in bfloat16 if the processor multiplies it; routers stay float32",
+    )
     add("--save-steps", type=int, default=0, help="checkpoint every so many steps (default: each phase only)")
     add("--keep-checkpoints", action="store_true", help="leave them in .NAME.work beside --out")
     add("--resume", action="store_true", help="go on from the checkpoints of an interrupted run")

@@ -249,6 +249,7 @@ class Watch(TrainerCallback):
                 line += f"  masks {len(set(trainer.masks))} of {len(trainer.masks)}"
             self.log.append(entry)
             report.say(f"{line}  {seconds:.0f} s")
+        report.progress(f"{phase.name} {state.global_step}/{phase.steps}")
         masks = ["".join("#" if kept else "." for kept in mask) for mask in trainer.masks]
         state.stateful_callbacks["Watch"] = {"log": self.log, "masks": masks}  # goes into every checkpoint
 

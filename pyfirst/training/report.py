@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -38,12 +39,23 @@ PRIVATE = (
 CALIBRATION_POINTS = 21
 # Scores that differ by less are the same but for rounding.
 TIE = 1e-5
+# Seconds without a line after which work looks as if it hung.
+QUIET = 30.0
+_spoken = time.monotonic()
 
 
 def say(text: str) -> None:
     """One line on stderr, from the first process only."""
+    global _spoken
+    _spoken = time.monotonic()
     if int(os.environ.get("RANK", "0")) == 0:
         print(text, file=sys.stderr, flush=True)
+
+
+def progress(text: str) -> None:
+    """``say`` how far it is, where nothing was said for ``QUIET`` seconds."""
+    if time.monotonic() - _spoken >= QUIET:
+        say(f"  {text}")
 
 
 @torch.no_grad()
@@ -54,8 +66,11 @@ def losses(
     loss = torch.zeros(len(examples))
     keep = torch.ones(len(examples), model.block_count, dtype=torch.bool)
     scores = torch.zeros(len(examples), model.block_count)
+    done = 0
     for chosen, batch in batches(examples, batch_size, model.routers.weight.device):
         output = model(**batch, dense=dense)
+        done += len(chosen)
+        progress(f"{done} of {len(examples)} examples")
         loss[chosen] = per_example(output, len(chosen)).cpu()
         keep[chosen] = output["keep"].cpu()
         if not dense:

@@ -25,6 +25,7 @@ import torch
 
 from pyfirst.errors import InputError
 from pyfirst.layers import evenly
+from pyfirst.training import report
 from pyfirst.training.data import Example, batches, collate
 from pyfirst.training.objectives import leave_one_out, ridge
 from pyfirst.training.routers import FirstModel, per_example
@@ -37,7 +38,6 @@ TRIAL_BATCH = 6
 NOT_FINITE = "the model gives values that are not finite; train without --bf16 or check its weights"
 
 Trial = Callable[[torch.Tensor], torch.Tensor]
-Say = Callable[[str], None]
 
 
 @torch.no_grad()
@@ -166,7 +166,6 @@ def settle(
     ladder: torch.Tensor,
     removals: int,
     batch_size: int,
-    say: Say,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Masks of the tasks bool [G, L], for what each depth costs the model as it is now, and these costs [G, D].
 
@@ -174,13 +173,15 @@ def settle(
         examples: some of every task.
         ladder: bool [D, L] from ``nested``, what a task can get.
         removals: of layers, over all tasks together.
-        say: told the cross-entropy of each task under each mask.
     """
 
     def curve(task: str) -> list[float]:  # its own scope: the prompts of one task at a time stay in memory
         run = trial(model, [e for e in examples if e.task == task], batch_size)
-        losses = [_mean(run, mask.to(model.protected.device)) for mask in ladder]
-        say(f"{task}: " + " ".join(f"{loss:.3f}" for loss in losses))
+        losses = []
+        for mask in ladder:
+            losses.append(_mean(run, mask.to(model.protected.device)))
+            report.progress(f"{task}: {len(losses)} of {len(ladder)} depths")
+        report.say(f"{task}: " + " ".join(f"{loss:.3f}" for loss in losses))
         return losses
 
     curves = torch.tensor([curve(task) for task in tasks])
@@ -208,10 +209,13 @@ def fit_routers(
     """
     device = model.routers.weight.device
     features = torch.empty(len(examples), *model.routers.weight.shape, device=device)
+    done = 0
     for chosen, batch in batches(examples, batch_size, device):
         with model.features(model.deciding(batch["prompt_mask"].bool())) as means:
             model(**batch, keep=masks[groups[chosen]])
         features[chosen] = torch.stack(means, 1)
+        done += len(chosen)
+        report.progress(f"{done} of {len(examples)} prompts")
     for layer in range(model.block_count):
         y = targets[:, layer].to(device)[groups.to(device)]
         if bool((masks[:, layer] == masks[0, layer]).all()):

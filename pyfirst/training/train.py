@@ -352,7 +352,7 @@ def _train(args: argparse.Namespace, out: Path) -> Path:
     def choose() -> dict[str, torch.Tensor]:
         if routed:
             ladder, total = nested(order(), count, least), len(tasks) * removals
-            masks, curves = settle(model, sample(FIT_EXAMPLES), tasks, ladder, total, args.batch_size, report.say)
+            masks, curves = settle(model, sample(FIT_EXAMPLES), tasks, ladder, total, args.batch_size)
             targets = targets_of(order(), curves, masks)
         elif args.static in (None, "loo"):
             masks = nested(order(), count)[removals][None]
