@@ -260,7 +260,7 @@ def _train(args: argparse.Namespace, out: Path) -> Path:
         warnings.filterwarnings("ignore", module="transformers|peft")
     started = time.monotonic()
     if args.bf16 and not torch.cuda.is_available() and multiplies_bf16() is False:
-        report.say("--bf16: this processor does not multiply bfloat16 itself, which takes many times as long; float32")
+        report.say("--bf16: this processor does not multiply bfloat16 and would take many times as long; using float32")
         args = argparse.Namespace(**{**vars(args), "bf16": False})
     rows = gather(args.data, read_rows)
     earlier = load_recipe(args.recipe) if args.recipe else None
