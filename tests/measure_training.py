@@ -11,6 +11,7 @@ import json
 import random
 import resource
 import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ from first_convert.convert import convert
 from pyfirst import FirstLlama
 from pyfirst.evaluation import read_examples
 from pyfirst.recipe import load_recipe
+from pyfirst.training import phases
 from pyfirst.training.data import encode
 from pyfirst.training.options import build_parser
 from pyfirst.training.routers import FirstModel, Routers
@@ -116,12 +118,15 @@ def main() -> None:
     parser.add_argument("--prefill", choices=("full", "skip"), help="other than the recipe's")
     parser.add_argument("--examples", type=int, default=120)
     parser.add_argument("--length", type=int, default=300)
+    parser.add_argument("--scarce", action="store_true", help="large blocks of memory as where little of it is free")
     args = parser.parse_args()
     if args.what == "parity":
         with tempfile.TemporaryDirectory() as folder:
             recipe = shutil.copytree(args.recipe, Path(folder) / "recipe")
             print(json.dumps(parity(args.model, recipe, args.data, args.count, args.new, args.prefill)))
     else:
+        if args.scarce:
+            phases.PLENTY = sys.maxsize
         print(json.dumps(speed(args.model, args.examples, args.length)))
 
 
