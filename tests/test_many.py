@@ -61,6 +61,13 @@ def test_each_line_is_answered_as_alone_and_in_order(model, tmp_path, capfd):
     assert f"kept {np.mean([row['first']['kept'] for row in found]) / 4:.0%} of the layers" in err
 
 
+def test_verbose_shows_the_log_of_llama_cpp(model, tmp_path, capfd):
+    file = write(tmp_path / "p.jsonl", PROMPTS[:2])
+    assert main(["-m", model, "-f", str(file), "--parallel", "2", "--json", "-n", "2", "--verbose"]) == 0
+    out, err = capfd.readouterr()
+    assert len(answers(out)) == 2 and "llama_context:" in err and "2 prompts" in err
+
+
 def test_options_of_a_line_are_for_that_line_alone(model, tmp_path, capfd):
     chat = [{"role": "user", "content": "the lazy dog"}]
     rows = [
