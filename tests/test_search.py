@@ -19,6 +19,7 @@ from pyfirst.training.search import (
     find_order,
     fit_routers,
     nested,
+    reach,
     settle,
     static_mask,
     targets_of,
@@ -33,6 +34,14 @@ def test_layers_are_shared_out_for_the_least_sum():
         every = [d for d in itertools.product(range(5), repeat=3) if sum(d) == removals]
         best = min(every, key=lambda depths: float(sum(curves[g, d] for g, d in enumerate(depths))))
         assert tuple(allocate(curves, removals)) == best
+
+
+@pytest.mark.parametrize(
+    ("removals", "blocks", "least", "most"),
+    [(8, 30, 6, 10), (5, 30, 3, 7), (4, 16, 3, 5), (20, 80, 15, 25), (2, 4, 1, 3), (1, 40, 0, 2), (0, 30, 0, 0)],
+)
+def test_tasks_stay_near_the_target(removals, blocks, least, most):
+    assert reach(removals, blocks) == (least, most)
 
 
 def test_targets_rank_layers_by_their_cost():

@@ -90,7 +90,7 @@ def plan(phase: str, objective: str, steps: int, routed: bool = True) -> list[Ph
         if phase == "routers":
             return []
         warm = max(1, steps // 5)
-        between = max(1, steps // 10) if routed else 0
+        between = max(1, steps // 4) if routed else 0
         phases = [Phase("warm-up", warm, lora=True, dense=True, last=False)]
         if routed:
             phases.append(Phase("depths", between, lora=True, masks="depths", last=False))

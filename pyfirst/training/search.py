@@ -33,6 +33,8 @@ from pyfirst.training.routers import FirstModel, per_example
 # Largest and smallest size of a router's logit on the prompts it is fitted to.
 SPREAD = 1.5
 MARGIN = 0.5
+# A task leaves out at most this part of the layers, one at least, more or fewer than the target.
+REACH = 15
 # Without gradients more fits into memory than in training, and short responses want company.
 TRIAL_BATCH = 6
 NOT_FINITE = "the model gives values that are not finite; train without --bf16 or check its weights"
@@ -129,6 +131,16 @@ def targets_of(order: torch.Tensor, curves: torch.Tensor, masks: torch.Tensor) -
 def removals_of(skip: float, block_count: int) -> int:
     """Number of layers that make up at least the share ``skip`` of all."""
     return math.ceil(skip * block_count - 1e-6)
+
+
+def reach(removals: int, block_count: int) -> tuple[int, int]:
+    """How many layers the hardest and the easiest task leave out, where all together leave out ``removals`` each.
+
+    Cross-entropy is no judge of more: it gave sentences about restaurants 11 layers of 30 at a target of 8, where
+    BLEU had fallen by 12%.
+    """
+    spread = min(removals - removals // 2, max(1, block_count // REACH))
+    return removals - spread, removals + spread
 
 
 def static_mask(kind: str, protected: torch.Tensor, removals: int, seed: int) -> torch.Tensor:

@@ -248,6 +248,7 @@ def _train(args: argparse.Namespace, out: Path) -> Path:
         find_order,
         fit_routers,
         nested,
+        reach,
         settle,
         static_mask,
         targets_of,
@@ -317,8 +318,8 @@ def _train(args: argparse.Namespace, out: Path) -> Path:
     elif args.resume:  # or this process would go on from another checkpoint than the first
         checkpoints.drop_halves(work)
     tasks = sorted({e.task for e in training})
-    least = removals // 2  # even the hardest task
-    most = min(2 * removals - least, possible)  # even the easiest one
+    least, most = reach(removals, count)
+    most = min(most, possible)
     routed = len(tasks) > 1 and not args.static and args.target_skip > 0
 
     def sample(size: int = args.prior_examples) -> list[Example]:
@@ -338,7 +339,7 @@ def _train(args: argparse.Namespace, out: Path) -> Path:
         return known[name]
 
     def order() -> torch.Tensor:
-        """The layers to leave out, the first first: for routing half as many again as the target asks of one mask."""
+        """The layers to leave out, the first first: for routing as many as the easiest task may leave out."""
         if not removals:
             return torch.empty(0, dtype=torch.long)
 
