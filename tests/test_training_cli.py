@@ -368,9 +368,9 @@ def test_gates_learn_with_the_lora(folder, data, tmp_path, monkeypatch):
 
 
 def test_the_lora_meets_many_depths_before_one_is_chosen(folder, data, tmp_path, capsys):
-    assert main(arguments(folder, data, tmp_path / "out", "--prior-examples", "16")) == 0
+    assert main(arguments(folder, data, tmp_path / "out", "--prior-examples", "16", "--steps", "20")) == 0
     phases = {phase["name"]: phase for phase in load_recipe(tmp_path / "out").config.training["phases"]}
-    assert list(phases) == ["warm-up", "depths", "lora"]
+    assert {name: phase["steps"] for name, phase in phases.items()} == {"warm-up": 4, "depths": 5, "lora": 11}
     assert phases["lora"]["log"][-1]["kept"] == 0.75
     assert any(0 < share < 1 for share in phases["depths"]["layer_kept"])
     said = capsys.readouterr().err
