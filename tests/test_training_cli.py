@@ -1072,6 +1072,33 @@ def test_long_prompts_lose_their_end_but_not_the_template():
     assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
 
 
+def test_every_token_of_a_task_counts_as_much(folder, tmp_path):
+    """In passes of four, where the plain model and torch have all examples at once."""
+    path = tmp_path / "lengths.jsonl"
+    lines = [
+        {"prompt": f"{task} {i}", "response": "yes " * (i + 1 if task == "many" else 3 * i + 1), "task": task}
+        for task in ("many", "more")
+        for i in range(5)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    more = ("--target-skip", "0", "--batch-size", "4", "--grad-accum", "2", "--hold-back", "1", "--seed", "1")
+    assert main(arguments(folder, path, tmp_path / "out", *more)) == 0
+    found = load_recipe(tmp_path / "out").config.training["phases"][0]["log"][0]["loss"]
+    examples, _ = load_examples(read_rows(str(path)), tiny.tokenizer(), 200)
+    training, plain, means = hold_back(examples, 1, 1)[0], tiny.load(folder), []
+    for task in ("many", "more"):
+        each = []
+        for e in (e for e in training if e.task == task):
+            with torch.no_grad():
+                logits = plain(input_ids=torch.tensor([[*e.prompt, *e.response]])).logits[0, len(e.prompt) - 1 : -1]
+            each.append(torch.nn.functional.cross_entropy(logits, torch.tensor(e.response), reduction="none"))
+        assert len({len(losses) for losses in each}) == len(each) == 4
+        means.append(float(torch.cat(each).mean()))
+    assert found == pytest.approx(np.mean(means), abs=2e-4)
+    by_example = np.mean([float(losses.mean()) for losses in each])
+    assert abs(by_example - means[1]) > 1e-3  # or nothing is seen here
+
+
 def test_every_task_is_in_every_step_and_no_prompt_on_both_sides(data):
     examples, _ = load_examples(read_rows(str(data)), tiny.tokenizer(), 200)
     training, held = hold_back(examples, 6, 1)

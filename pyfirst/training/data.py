@@ -29,12 +29,14 @@ class Example:
         response: token ids, end-of-turn token included.
         task: the line's ``task``, or the file's name.
         text: the prompt's own text.
+        weight: of the response's mean loss, see ``weigh``.
     """
 
     prompt: array[int]
     response: array[int]
     task: str
     text: str
+    weight: float = 1.0
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
@@ -156,8 +158,26 @@ def hold_back(examples: Sequence[Example], per_task: int, seed: int) -> tuple[li
     return [e for e in examples if e.text not in held], kept_back
 
 
+def weigh(examples: Sequence[Example]) -> None:
+    """Set each example's weight to the length of its response over the mean length in its task.
+
+    The mean of weight * (mean loss of a response) then is the mean over the tokens of each task, and the mean over the
+    tasks, in whatever batches they come. With equal weights the few tokens of short responses would count more than
+    those of long ones, their end above all, and answers would become shorter than those that were learned from.
+    """
+    lengths: dict[str, list[int]] = {}
+    for example in examples:
+        lengths.setdefault(example.task, []).append(len(example.response))
+    for example in examples:
+        found = lengths[example.task]
+        example.weight = len(example.response) * len(found) / sum(found)
+
+
 def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-    """Int64 [B, T], padded on the right: input_ids, attention_mask, prompt_mask and labels (-100: no loss)."""
+    """Padded on the right, int64 [B, T]: input_ids, attention_mask, prompt_mask and labels (-100: no loss).
+
+    And weight float32 [B].
+    """
     length = -(-max(map(len, examples)) // STRIDE) * STRIDE
     shape = (len(examples), length)
     batch = {
@@ -165,6 +185,7 @@ def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         "attention_mask": torch.zeros(shape, dtype=torch.long),
         "prompt_mask": torch.zeros(shape, dtype=torch.long),
         "labels": torch.full(shape, -100),
+        "weight": torch.tensor([e.weight for e in examples]),
     }
     for row, example in enumerate(examples):
         start, end = len(example.prompt), len(example)

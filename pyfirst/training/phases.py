@@ -172,7 +172,7 @@ class PhaseTrainer(Trainer):
                 share = self.options.distill
                 divergence = distillation(output["token_logits"], teacher_logits)
                 by_example = per_example({**output, "token_loss": divergence}, len(keep))
-                loss = (1 - share) * loss + share * by_example.mean()
+                loss = (1 - share) * loss + share * (by_example * inputs["weight"]).mean()
             if self.phase.routers and not self.phase.soft:
                 loss = hard_gate_loss(loss, output["scores"][:, free], self.target, weight=10.0)
         self.losses.append(float(output["loss"].detach()))

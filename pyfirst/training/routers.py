@@ -432,6 +432,7 @@ class FirstModel(nn.Module):
         labels: torch.Tensor | None = None,
         keep: torch.Tensor | None = None,
         dense: bool = False,
+        weight: torch.Tensor | None = None,
     ) -> dict[str, Any]:
         """Teacher-forced pass.
 
@@ -442,8 +443,9 @@ class FirstModel(nn.Module):
             labels: int64 [B, T], token ids where the loss counts and -100 elsewhere.
             keep: bool [L] or [B, L] to force masks instead of deciding.
             dense: run every layer for every token.
+            weight: float32 [B] of the examples in ``loss``, 1 if not given.
 
-        Returns a dict: ``loss`` (mean over the B examples of each one's mean cross-entropy per response token,
+        Returns a dict: ``loss`` (mean over the B examples of weight times mean cross-entropy per response token,
         nats), ``token_loss`` float32 [N], ``token_logits`` [N, V] and ``rows`` int64 [N] for the N response tokens
         when labels are given;
         ``logits`` [B, T, V] otherwise; ``keep`` bool [B, L] and ``scores`` float32 [B, L] (empty when forced
@@ -478,7 +480,8 @@ class FirstModel(nn.Module):
         if torch.is_grad_enabled() and not token_loss.requires_grad and any(p.requires_grad for p in self.parameters()):
             raise InputError(NO_LAYER)
         result.update({"token_loss": token_loss, "token_logits": logits[0], "rows": wanted.nonzero()[:, 0]})
-        return {**result, "loss": per_example(result, len(labels)).mean()}
+        each = per_example(result, len(labels))
+        return {**result, "loss": (each if weight is None else each * weight).mean()}
 
     @torch.no_grad()
     def decide(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -238,7 +238,7 @@ def _train(args: argparse.Namespace, out: Path) -> Path:
 
     from pyfirst.tasks import gather
     from pyfirst.training import checkpoints, report
-    from pyfirst.training.data import Example, draw, hold_back, read_rows
+    from pyfirst.training.data import Example, draw, hold_back, read_rows, weigh
     from pyfirst.training.objectives import leave_one_out, start_from
     from pyfirst.training.phases import keep_heap_small, plan, run_phase
     from pyfirst.training.routers import FirstModel, Routers
@@ -287,6 +287,7 @@ def _train(args: argparse.Namespace, out: Path) -> Path:
     training, held = hold_back(examples, args.hold_back, args.seed)
     if not training:
         raise InputError(f"{args.data[0]}: no task has two different prompts; nothing is left to train on")
+    weigh(training)
     faults = []
     if absent := sorted({e.task for e in held} - {e.task for e in training}):
         faults.append(f"nothing of {', '.join(absent)} was trained: a task needs two prompts, one to hold back")
