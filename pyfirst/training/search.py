@@ -136,8 +136,8 @@ def removals_of(skip: float, block_count: int) -> int:
 def reach(removals: int, block_count: int) -> tuple[int, int]:
     """How many layers the hardest and the easiest task leave out, where all together leave out ``removals`` each.
 
-    Cross-entropy is no judge of more: it gave sentences about restaurants 11 layers of 30 at a target of 8, where
-    BLEU had fallen by 12%.
+    Sums of cross-entropy go further, to 11 or 12 layers of 30 at a target of 8, but gain nothing by it once the LoRA
+    has adapted.
     """
     spread = min(removals - removals // 2, max(1, block_count // REACH))
     return removals - spread, removals + spread
